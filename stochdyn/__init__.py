@@ -1,0 +1,1 @@
+"""Probabilistic models of stochastic and jump dynamics in Pyro: a path is one sample site."""
