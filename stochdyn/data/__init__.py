@@ -1,0 +1,7 @@
+"""Data: irregular, ragged and masked series, and the grid on which their paths live."""
+
+from stochdyn.data import datasets
+from stochdyn.data.grid import TimeGrid
+from stochdyn.data.series import Series
+
+__all__ = ["Series", "TimeGrid", "datasets"]

@@ -1,0 +1,8 @@
+"""Variational inference: objectives, schedules, and `fit`."""
+
+from stochdyn.inference.fit import fit
+from stochdyn.inference.objective import ELBO, AbstractObjective
+from stochdyn.inference.result import Fit
+from stochdyn.inference.schedule import Constant, Decay, Linear, Schedule
+
+__all__ = ["ELBO", "AbstractObjective", "Constant", "Decay", "Fit", "Linear", "Schedule", "fit"]

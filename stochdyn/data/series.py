@@ -1,0 +1,299 @@
+"""`Series`: a set of multivariate time series, irregular, ragged and with holes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pyro
+import torch
+from torch import Tensor
+
+from stochdyn.data import ragged
+from stochdyn.data.assemble import assemble, assemble_rows, name_reading, name_rows
+from stochdyn.data.checks import as_mask, as_real, check_devices, check_resolution, fill_missing, value_dtype
+from stochdyn.data.positions import positions
+from stochdyn.errors import DataError
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class Series:
+    """A set of multivariate time series; every model is called with one, and a mini-batch is one.
+
+    Times are shared by all series or each series has its own; a mask says what was observed. NaN never stays
+    inside: where the mask is False the value is 0. Rows of own times may end in padding, repeats of the last
+    time with a mask that is False; `from_list` makes it.
+
+    Shapes:
+        times (time,) or (series, time); values (series, time, channel), mask the same or (series, time);
+        covariates (series, covariate) or (series, time, covariate).
+
+    Args:
+        times: strictly increasing, in any unit; kept in float64.
+        values: kept in a tensor's own floating dtype, else in torch's default dtype, or in `dtype`.
+        mask: True = observed; None where everything is.
+        channels: names of the channels, by default "0", "1", ...
+        ids: labels of the series, by default 0, 1, ...
+        covariates: known inputs of each series.
+        dtype: the floating dtype of values and covariates.
+
+    Attributes:
+        lengths: (series,) the number of times of each series without padding.
+        index: (series,) the position of each series in the population; slicing keeps it.
+        population: the number of series in the full data.
+
+    Raises:
+        ShapeError, DtypeError, DataError, TimeError: naming the series, the time and the channel.
+
+    Example:
+        >>> import stochdyn as sd
+        >>> series = sd.Series([0.0, 0.5, 2.0], [[[1.0], [1.5], [0.0]]], mask=[[[True], [True], [False]]])
+        >>> series
+        Series(1 series, 3 shared times from 0 to 2, channels ('0',), 67% observed, torch.float32)
+        >>> series.last_observed
+        tensor([0.5000], dtype=torch.float64)
+    """
+
+    times: Tensor
+    values: Tensor
+    mask: Tensor
+    lengths: Tensor
+    channels: tuple[str, ...]
+    covariates: Tensor | None
+    index: Tensor
+    population: int
+    _ids: Sequence[Any]
+    _whole: bool
+
+    def __init__(
+        self,
+        times: Any,
+        values: Any,
+        mask: Any = None,
+        *,
+        channels: Sequence[str] | None = None,
+        ids: Sequence[Any] | None = None,
+        covariates: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        kind = value_dtype(values, dtype)
+        device = check_devices(times=times, values=values, mask=mask, covariates=covariates)
+        fields = assemble(
+            as_real("times", times).to(device, torch.float64, copy=True),
+            as_real("values", values).to(device),
+            None if mask is None else as_mask("mask", mask).to(device),
+            channels=channels,
+            ids=ids,
+            covariates=covariates,
+            dtype=kind,
+        )
+        self.__dict__.update(fields)
+
+    @classmethod
+    def from_list(
+        cls,
+        rows: Sequence[Any],
+        *,
+        channels: Sequence[str] | None = None,
+        ids: Sequence[Any] | None = None,
+        covariates: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Series of different lengths: `[(times_i, values_i), ...]` or `[(times_i, values_i, mask_i), ...]`.
+
+        Rows are padded to the longest. Where all have the same times, these are kept once, as (time,).
+
+        Args:
+            rows: times_i (time_i,), values_i (time_i, channel), mask_i (time_i,) or (time_i, channel).
+            covariates: (series, covariate), or a list of (time_i, covariate) padded like the rows.
+            channels, ids, dtype: as for `Series`.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> series = sd.Series.from_list([([0, 1, 2], [[1.0], [2.0], [3.0]]), ([0.5], [[4.0]])])
+            >>> series.lengths.tolist(), series.times[1].tolist()
+            ([3, 1], [0.5, 0.5, 0.5])
+        """
+        named = {"channels": channels, "ids": ids, "covariates": covariates, "dtype": dtype}
+        return cls._of(assemble_rows(list(rows), **named))
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        time: str,
+        values: str | Sequence[str],
+        series: str | None = None,
+        *,
+        covariates: str | Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A long pandas frame, one row per series and time; rows need not be sorted.
+
+        NaN in a values column is read as missing, as data frames mean it; inf is refused.
+
+        Args:
+            frame: the data frame.
+            time: the column with the times, as numbers.
+            values: the columns that become channels.
+            series: the column that labels the series; None where there is only one.
+            covariates: columns of known inputs, without holes.
+            dtype: as for `Series`.
+
+        Raises:
+            DataError, TimeError: if a column is missing or not numeric, or a series has a time twice.
+
+        Example:
+            >>> import pandas
+            >>> import stochdyn as sd
+            >>> frame = pandas.DataFrame({"year": [1901, 1900], "hare": [47.2, 30.0], "lynx": [None, 4.0]})
+            >>> series = sd.Series.from_frame(frame, time="year", values=["hare", "lynx"])
+            >>> series.times.tolist(), series.mask.tolist()
+            ([1900.0, 1901.0], [[[True, True], [True, False]]])
+        """
+        rows, options = ragged.read_frame(frame, time, values, series, covariates)
+        return cls.from_list(rows, **options, dtype=dtype)
+
+    @classmethod
+    def _of(cls, fields: dict[str, Any]) -> Self:
+        """Build without checks: a mini-batch is taken at every training step."""
+        new = object.__new__(cls)
+        new.__dict__.update(fields)
+        return new
+
+    def _with(self, **changes: Any) -> Self:
+        return self._of({**self.__dict__, **changes})
+
+    @property
+    def obs_dim(self) -> int:
+        """The number of channels."""
+        return self.values.shape[-1]
+
+    @property
+    def ids(self) -> tuple[Any, ...]:
+        """The labels of the series at hand."""
+        return tuple(self._ids[i] for i in self.index.tolist())
+
+    @property
+    def last_observed(self) -> Tensor:
+        """(series,) the last time with an observation in any channel; -inf where there is none."""
+        seen = self.mask.any(-1)
+        return self.times.expand(seen.shape).masked_fill(~seen, -float("inf")).amax(-1)
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, index: Any) -> Self:
+        """A mini-batch of the same population: by an int, slice, list, tensor or bool mask."""
+        return self._take(positions(index, len(self), self.index.device))
+
+    def _take(self, where: slice | Tensor) -> Self:
+        return self._with(
+            times=self.times if self.times.ndim == 1 else self.times[where],
+            values=self.values[where],
+            mask=self.mask[where],
+            lengths=self.lengths[where],
+            covariates=None if self.covariates is None else self.covariates[where],
+            index=self.index[where],
+            _whole=False,
+        )
+
+    def plate(self, name: str = "series", dim: int = -1) -> pyro.plate:
+        """The Pyro plate over the series; for a mini-batch it scales log-densities by population / len.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> series = sd.Series([0.0, 1.0], [[[1.0], [2.0]]] * 6)
+            >>> with series[:2].plate("series") as index:
+            ...     print(index)
+            tensor([0, 1])
+        """
+        if self._whole:
+            return pyro.plate(name, len(self), dim=dim)
+        return pyro.plate(name, self.population, subsample=self.index, dim=dim)
+
+    def to(self, *targets: str | torch.device | torch.dtype) -> Self:
+        """The same data on another device or in another floating dtype; times stay in float64.
+
+        Example:
+            >>> import torch
+            >>> import stochdyn as sd
+            >>> sd.datasets.lynx_hare().to(torch.float64).values.dtype
+            torch.float64
+        """
+        new = self
+        for target in targets:
+            if isinstance(target, torch.dtype):
+                new = new._cast(value_dtype(None, target))
+            else:
+                moved = {k: v.to(target) for k, v in new.__dict__.items() if isinstance(v, Tensor)}
+                new = new._with(**moved)
+        return new
+
+    def _cast(self, dtype: torch.dtype) -> Self:
+        self._check_times(dtype)
+        say = name_reading(self.times, self.ids, self.channels)
+        return self._with(
+            values=fill_missing(self.values, self.mask, dtype, say),
+            covariates=None if self.covariates is None else self.covariates.to(dtype),
+        )
+
+    def _check_times(self, dtype: torch.dtype) -> None:
+        rows, where = name_rows(self.times, self.ids)
+        check_resolution(rows, self.lengths[: len(rows)], dtype, where)
+
+    def split(self, fraction: float = 0.8, seed: int = 0) -> tuple[Self, Self]:
+        """Split the series at random into two populations, e.g. to train on and to test on.
+
+        Args:
+            fraction: the part of the series in the first, rounded to whole series.
+            seed: the same seed gives the same split; torch's own seed is left alone.
+
+        Raises:
+            DataError: if one side would be empty.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> train, test = sd.Series([0.0, 1.0], [[[1.0], [2.0]]] * 10).split(0.8, seed=0)
+            >>> len(train), len(test), train.population
+            (8, 2, 8)
+        """
+        size = len(self)
+        count = round(fraction * size) if 0 < fraction < 1 else 0
+        if not 0 < count < size:
+            trouble = f"split({fraction}) of {size} series leaves one side empty"
+            raise DataError(f"{trouble}. Take a fraction that leaves at least one series on each side.")
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(self.index.device)
+        return self._apart(order[:count]), self._apart(order[count:])
+
+    def _apart(self, where: Tensor) -> Self:
+        part = self._take(where.sort().values)
+        fresh = torch.arange(len(part), device=part.index.device)
+        return part._with(_ids=part.ids, index=fresh, population=len(part), _whole=True)
+
+    def extend(self, ts: Any) -> Self:
+        """The same series with further times at which nothing is observed, e.g. to forecast.
+
+        Times that a series has already keep their data. Covariates that vary in time carry their last value
+        forward (before the first time, the first one backward).
+
+        Args:
+            ts: (k,) further times for all series, in any order.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> ahead = sd.Series([0.0, 1.0], [[[1.0], [2.0]]]).extend([2.0, 0.5])
+            >>> ahead.times.tolist(), ahead.mask.flatten().tolist()
+            ([0.0, 0.5, 1.0, 2.0], [True, False, True, False])
+        """
+        new = self._with(**ragged.extend_rows(self, ts))
+        new._check_times(self.values.dtype)
+        return new
+
+    def __repr__(self) -> str:
+        part = "" if self._whole else f" of {self.population}"
+        low, high = int(self.lengths.min()), int(self.lengths.max())
+        span = f"{high} shared" if self.times.ndim == 1 else f"{low} to {high} own"
+        span += f" times from {float(self.times.min()):.10g} to {float(self.times.max()):.10g}"
+        share = 100.0 * float(self.mask.sum()) / (int(self.lengths.sum()) * self.obs_dim)
+        about = f"channels {self.channels}, {share:.0f}% observed, {self.values.dtype}"
+        return f"Series({len(self)}{part} series, {span}, {about})"

@@ -1,0 +1,188 @@
+"""Running a model as its own guide: the messengers.
+
+A guide runs the model with every latent's distribution replaced. At a path site that wants messages it leaves the
+model (by an exception), asks what the likelihood of the path would be, and runs the model again, giving the latents
+that were already sampled; so a message may depend on everything sampled before the path.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import apply_stack
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from stochdyn.errors import GuideError
+from stochdyn.guides.plates import Place
+from stochdyn.guides.sites import Residuals
+from stochdyn.paths import GuidedPath, Message, SDEPath
+
+
+@dataclass
+class Run:
+    """One call of a guide: what was sampled so far."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    batch_shapes: dict[str, torch.Size] = field(default_factory=dict)
+    members: dict[str, Tensor] = field(default_factory=dict)
+    potentials: dict[str, tuple[Message, Tensor]] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+    residuals: Residuals = field(default_factory=Residuals)
+
+    def leading(self, plates: int) -> torch.Size:
+        """Batch dimensions left of the model's plates (particles), over everything sampled so far."""
+        shapes = [s[: len(s) - plates] for s in self.batch_shapes.values() if len(s) > plates]
+        return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
+
+
+class PathReached(BaseException):
+    """Leaves the model at a path site whose messages are not there yet."""
+
+    def __init__(self, name: str, prior: SDEPath, place: Place) -> None:
+        super().__init__(name)
+        self.name, self.prior, self.place = name, prior, place
+
+
+def is_enumerated(msg: dict[str, Any]) -> bool:
+    """Whether a discrete site is summed out by TraceEnum_ELBO."""
+    return bool(msg["infer"] and msg["infer"].get("enumerate"))
+
+
+def likeliest(fn: dist.TorchDistribution) -> Tensor:
+    """The mode of a discrete distribution."""
+    values = fn.enumerate_support(expand=True)
+    best = fn.log_prob(values).argmax(0)
+    index = best.reshape(1, *best.shape, *[1] * len(fn.event_shape)).expand(1, *best.shape, *fn.event_shape)
+    return values.gather(0, index)[0]
+
+
+Posterior = Callable[[str, dist.TorchDistribution, Place, Run], dist.TorchDistribution]
+
+
+class AsGuide(Messenger):
+    """Replaces latents by posteriors; hides what the guide does not sample."""
+
+    def __init__(self, run: Run, posterior: Posterior, sampled: Callable[[str, Any, Tensor, Place, Run], None]) -> None:
+        super().__init__()
+        self.run, self.posterior, self.sampled = run, posterior, sampled
+        self.places: dict[str, Place] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name, run = msg["name"], self.run
+        if site_is_subsample(msg):
+            if name in run.members:
+                msg.update(value=run.members[name], done=True, stop=True)
+        elif msg["is_observed"]:
+            msg["stop"] = True
+        elif name in run.values:
+            msg.update(value=run.values[name], done=True, stop=True)
+        elif is_enumerated(msg):
+            msg.update(value=likeliest(msg["fn"]), done=True, stop=True)
+            run.values[name], run.batch_shapes[name] = msg["value"], msg["fn"].batch_shape
+        else:
+            place = Place.of(name, tuple(msg["cond_indep_stack"]), run.members)
+            posterior = self.posterior(name, msg["fn"], place, run)
+            if msg["scale"] is not None and isinstance(posterior, GuidedPath):
+                posterior._validate_args = msg["fn"]._validate_args
+            self.places[name] = place
+            msg["fn"] = posterior
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        name, run = msg["name"], self.run
+        if site_is_subsample(msg):
+            run.members.setdefault(name, msg["value"])
+        elif name in self.places and name not in run.values:
+            run.values[name] = msg["value"]
+            run.batch_shapes[name] = msg["fn"].batch_shape
+            self.sampled(name, msg["fn"], msg["value"], self.places[name], run)
+
+
+class Given(Messenger):
+    """Runs the model with latents fixed: those sampled, and medians for those that come later."""
+
+    def __init__(self, run: Run, values: dict[str, Tensor], median: Callable[[str, Any, Place], Tensor | None]) -> None:
+        super().__init__()
+        self.run, self.fixed, self.median = run, values, median
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            if name in self.run.members:
+                msg.update(value=self.run.members[name], done=True)
+        elif msg["is_observed"]:
+            return
+        elif name in self.fixed:
+            msg.update(value=self.fixed[name], done=True)
+        elif is_enumerated(msg):
+            msg.update(value=likeliest(msg["fn"]), done=True)
+        elif isinstance(msg["fn"], SDEPath):
+            msg.update(value=prior_mode(msg["fn"]), done=True)
+        else:
+            value = self.median(name, msg["fn"], Place.of(name, tuple(msg["cond_indep_stack"]), self.run.members))
+            if value is not None:
+                msg.update(value=value, done=True)
+
+
+def prior_mode(path: SDEPath) -> Tensor:
+    """The path without noise: (*batch, time, state)."""
+    chain = path.chain
+    zeros = torch.zeros(
+        chain.steps + 1, *chain.batch_shape, chain.state_dim, dtype=chain.dtype, device=chain.device
+    )
+    return path.guided().transport(zeros)
+
+
+def observed_log_prob(model: Callable[..., Any], run: Run, given: Given) -> Tensor:
+    """The unscaled log likelihood of everything observed, summed, with latents as `given` has them.
+
+    Raises:
+        GuideError: if nothing is observed.
+    """
+    total: Tensor | None = None
+    for site in observed_sites(model, run, given):
+        value = site["fn"].log_prob(site["value"])
+        if site["mask"] is not None:
+            value = torch.where(torch.as_tensor(site["mask"]), value, torch.zeros_like(value))
+        total = value.sum() if total is None else total + value.sum()
+    if total is None:
+        raise GuideError("The model observes nothing, so there are no messages. Give `obs=` to a sample statement.")
+    return total
+
+
+def observed_sites(model: Callable[..., Any], run: Run, given: Given) -> list[dict[str, Any]]:
+    """The observed sites of the model under `given`, hidden from every handler outside."""
+    with poutine.block(), poutine.trace() as trace, given:
+        model(*run.args, **run.kwargs)
+    return [
+        site
+        for name, site in trace.trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not (site["infer"] or {}).get("_deterministic")
+    ]
+
+
+def emit_parameters(module: nn.Module, prefix: str) -> None:
+    """Tell Pyro of plain parameters without its store, so that its own `SVI` trains them."""
+    for name, parameter in module.named_parameters():
+        value = parameter.view(parameter.shape)
+        value.unconstrained = _returning(parameter)
+        apply_stack(
+            {
+                "type": "param", "name": f"{prefix}.{name}", "fn": _returning(value), "args": (), "kwargs": {},
+                "value": None, "is_observed": False, "infer": {}, "scale": 1.0, "mask": None,
+                "cond_indep_stack": (), "done": False, "stop": False, "continuation": None,
+            }
+        )  # fmt: skip
+
+
+def _returning(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value

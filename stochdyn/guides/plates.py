@@ -1,0 +1,75 @@
+"""Tables with a row for every member of the plates around a site, read at the members of a mini-batch."""
+
+from dataclasses import dataclass
+
+import torch
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from stochdyn.errors import GuideError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site stands: its plates, and which members of them this run holds (None: all, in order)."""
+
+    name: str
+    frames: tuple[CondIndepStackFrame, ...]
+    members: dict[int, Tensor | None]
+
+    @classmethod
+    def of(cls, name: str, frames: tuple[CondIndepStackFrame, ...], drawn: dict[str, Tensor]) -> "Place":
+        """The place of a site from its message and the subsamples that its plates drew.
+
+        Raises:
+            GuideError: if a subsampled plate was made outside the model, so that its members are unknown.
+        """
+        vectorized = tuple(f for f in frames if f.vectorized)
+        members: dict[int, Tensor | None] = {}
+        for frame in vectorized:
+            whole = frame.full_size is None or frame.size == frame.full_size
+            if not whole and frame.name not in drawn:
+                raise GuideError(
+                    f"site '{name}': plate '{frame.name}' holds {frame.size} of {frame.full_size} members, but was made "
+                    "outside the model. Make it inside, e.g. with batch.plate('series')."
+                )
+            index = drawn.get(frame.name)
+            members[frame.dim] = None if index is None or (whole and _in_order(index)) else index
+        return cls(name, vectorized, members)
+
+    def table_shape(self, batch_shape: torch.Size) -> torch.Size:
+        """The batch shape with every plate at its full size."""
+        shape = list(batch_shape)
+        for frame in self.frames:
+            if -frame.dim <= len(shape):
+                shape[frame.dim] = frame.full_size or frame.size
+        return torch.Size(shape)
+
+    def _index(self, table: Tensor, tail: int) -> tuple[Tensor, ...] | None:
+        """An index for the batch dimensions of a table, None where it is the whole table."""
+        ndim = table.dim() - tail
+        if all(index is None or -dim > ndim for dim, index in self.members.items()):
+            return None
+        out = []
+        for axis in range(ndim):
+            index = self.members.get(axis - ndim)
+            index = torch.arange(table.shape[axis], device=table.device) if index is None else index.to(table.device)
+            out.append(index.reshape(*[1] * axis, -1, *[1] * (ndim - axis - 1)))
+        return tuple(out)
+
+    def take(self, table: Tensor, tail: int) -> Tensor:
+        """The rows of this run; `tail` is the number of dimensions that are not plates."""
+        index = self._index(table, tail)
+        return table if index is None else table[index]
+
+    def put(self, table: Tensor, rows: Tensor, tail: int) -> None:
+        """Write the rows of this run into a table, in place."""
+        index = self._index(table, tail)
+        if index is None:
+            table.copy_(rows)
+        else:
+            table[index] = rows
+
+
+def _in_order(index: Tensor) -> bool:
+    return bool((index == torch.arange(len(index), device=index.device)).all())

@@ -1,0 +1,201 @@
+"""A stochastic differential equation's path as one sample site."""
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints, kl_divergence, register_kl
+
+from stochdyn.fields import AbstractDiffusion, Field, as_diffusion
+from stochdyn.paths.chain import Chain
+from stochdyn.paths.guided import Control, GuidedPath
+from stochdyn.paths.message import Message, backward_information, linearise
+from stochdyn.paths.start import RandomStart, as_start
+from stochdyn.paths.support import path_support
+from stochdyn.solvers import AbstractKernel, EulerMaruyama
+
+
+class SDEPath(dist.TorchDistribution):
+    """The path of dz = f(t, z) dt + g(t, z) dW on a grid, as a distribution over whole trajectories.
+
+    The value is the discretised Markov chain at the grid times, the initial state included: its density is exact, one
+    vectorised call of the fields. An Itô SDE.
+
+    Args:
+        drift: f, `(t, z[, context])` -> shape of z; units state per time. Write parameters of batch shape as
+            theta[..., None] against z.
+        diffusion: g, a tensor or callable of z's shape (diagonal noise), or `MatrixDiffusion`; units state per square
+            root of time.
+        initial: a distribution with event_shape (state,), or a tensor (*batch, state): a known start, no density.
+        ts: the grid (*batch, time), float64; non-decreasing. Steps of zero length (padding) have no density.
+        solver: the kernel; `GaussianStep(mean=Heun())` for mechanistic models.
+        context: (*batch, context_dim), or (*batch, time, context_dim): the row at a step's start is used in it.
+
+    Shapes:
+        batch_shape: broadcast of initial, ts, context and of what the fields return. event_shape: (time, state).
+
+    Raises:
+        FieldError, ShapeError, DtypeError: at once, from calling each field once.
+        TimeError: if the grid goes back, is not finite, or too fine for the dtype.
+        DivergedError: if a sample leaves the finite numbers (while validation is on).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, stochdyn as sd
+        >>> grid = sd.TimeGrid(torch.tensor([0.0, 0.3, 1.0]), substeps=5)
+        >>> theta = torch.tensor([0.5, 1.0, 2.0])
+        >>> path = sd.SDEPath(lambda t, z: -theta[..., None] * z, torch.tensor([0.3]),
+        ...                   dist.Normal(torch.zeros(1), 1.0).to_event(1), grid.ts)
+        >>> path.batch_shape, path.event_shape
+        (torch.Size([3]), torch.Size([11, 1]))
+        >>> path.log_prob(path.rsample()).shape
+        torch.Size([3])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self,
+        drift: Field,
+        diffusion: Field | Tensor | AbstractDiffusion,
+        initial: dist.TorchDistribution | Tensor,
+        ts: Tensor,
+        *,
+        solver: AbstractKernel = EulerMaruyama(),  # noqa: B008
+        context: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        validate = self._validate_args if validate_args is None else validate_args
+        self.chain = Chain(
+            drift, as_diffusion(diffusion), as_start(initial), ts, solver, context, validate=bool(validate)
+        )
+        event_shape = torch.Size((self.chain.steps + 1, self.chain.state_dim))
+        self._drawn: Tensor | None = None
+        super().__init__(self.chain.batch_shape, event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return path_support(self.chain)
+
+    @property
+    def ts(self) -> Tensor:
+        """The grid (*batch, time), float64."""
+        return self.chain.ts
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "SDEPath":
+        new = object.__new__(SDEPath)
+        new.__dict__.update(self.__dict__)
+        new.chain, new._drawn = self.chain.expand(torch.Size(batch_shape)), None
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def _validate_sample(self, value: Tensor) -> None:
+        self.chain.check_value(value)
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008
+        self._drawn = self.guided().rsample(sample_shape)
+        return self._drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        _, noise, xi, real = self.chain.steps_of(value)
+        return self.chain.start.log_prob(value[..., 0, :]) + self.chain.log_prob_of(noise, xi, real)
+
+    def guided(
+        self,
+        message: "Message | tuple[Tensor, Tensor] | None" = None,
+        control: Control | None = None,
+        *,
+        score_message: Message | None = None,
+    ) -> GuidedPath:
+        """The same path, twisted: what a guide samples.
+
+        Args:
+            message: a `Message`, or (loc, precision) with loc (*batch, time, state) and precision (*batch, time,
+                state) or (*batch, time, state, state). Precision 0 is no message.
+            control: `(t, z[, context]) -> (..., noise)`, a drift in noise units added to every step.
+            score_message: see `GuidedPath`.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> path = sd.SDEPath(lambda t, z: -z, torch.tensor([0.5]), torch.zeros(1), torch.linspace(0, 1, 11))
+            >>> guided = path.guided(control=lambda t, z: torch.ones_like(z))
+            >>> z = guided.rsample()
+            >>> bool((guided.log_prob(z) != path.log_prob(z)).all())
+            True
+        """
+        if isinstance(message, tuple):
+            message = Message.at(*message)
+        return GuidedPath(self.chain, message, control, score_message, validate_args=self._validate_args)
+
+
+@register_kl(GuidedPath, SDEPath)
+@register_kl(SDEPath, SDEPath)
+def _kl_paths(q: "GuidedPath | SDEPath", p: SDEPath) -> Tensor:
+    """Sum over steps of the Gaussian KL of the two transitions, along the path that q drew last.
+
+    An unbiased estimate of the path's KL with less noise than the log ratio. NotImplementedError (where nothing was
+    drawn) makes Pyro's TraceMeanField_ELBO fall back on the log ratio.
+    """
+    value = q._drawn
+    if value is None:
+        raise NotImplementedError("The path KL is estimated along a drawn path: call rsample first.")
+    guided = q if isinstance(q, GuidedPath) else q.guided()
+    a, noise, mean, twist, real = guided.moments(value)
+    a_p, noise_p, _, _ = p.chain.steps_of(value)
+    shift = noise_p.solve(a + noise.apply(mean) - a_p)
+    columns = []
+    for m in range(mean.shape[-1]):
+        unit = torch.zeros_like(mean)
+        unit[..., m] = 1.0
+        columns.append(noise_p.solve(noise.apply(unit if twist is None else twist.colour(unit))))
+    W = torch.stack(columns, -1)
+    logdet = noise.logdet() - noise_p.logdet() + (0.0 if twist is None else twist.half_logdet())
+    kl = 0.5 * (W.square().sum((-2, -1)) + shift.square().sum(-1) - mean.shape[-1]) - logdet
+    return _kl_start(guided, p, value) + torch.where(real, kl, torch.zeros_like(kl)).sum(0)
+
+
+def _kl_start(q: GuidedPath, p: SDEPath, value: Tensor) -> Tensor:
+    z0, start = value[..., 0, :], q.chain.start
+    if not isinstance(start, RandomStart):
+        return z0.new_zeros(z0.shape[:-1])
+    message = None if q.message is None else q.message.time_major().lifted(z0.dim())
+    if message is None:
+        try:
+            return kl_divergence(start.prior, p.chain.start.prior)
+        except NotImplementedError:
+            return q._score_start(z0, None) - p.chain.start.log_prob(z0)
+    return q._score_start(z0, message) - p.chain.start.log_prob(z0)
+
+
+def information_filter(path: SDEPath, potential: Message, around: Tensor | None = None) -> Message:
+    """Messages from the backward information filter of the linearised path.
+
+    Exact for linear-Gaussian models: the guided path is then the posterior, untrained.
+
+    Args:
+        path: the prior.
+        potential: the (Gaussian, or locally Gaussian) log likelihood of every state, e.g. `Message.observed`.
+        around: the path (*batch, time, state) to linearise around; by default the prior's path without noise.
+
+    Returns:
+        A `Message` with full precision on the path's grid.
+
+    References:
+        Särkkä & García-Fernández, "Temporal parallelization of Bayesian smoothers", IEEE TAC 2021,
+        https://doi.org/10.1109/TAC.2020.2976316
+
+    Example:
+        >>> import stochdyn as sd
+        >>> grid = sd.TimeGrid(torch.tensor([0.0, 1.0]))
+        >>> path = sd.SDEPath(lambda t, z: -z, torch.tensor([0.5]), torch.zeros(1), grid.ts)
+        >>> seen = torch.ones(2, 1, dtype=torch.bool)
+        >>> message = sd.information_filter(path, sd.Message.observed(grid, torch.ones(2, 1), seen, 0.1))
+        >>> message.precision.shape
+        torch.Size([6, 1, 1])
+    """
+    chain = path.chain
+    if around is None:
+        zeros = torch.zeros(chain.steps + 1, *chain.batch_shape, chain.state_dim, dtype=chain.dtype)
+        around = path.guided().transport(zeros.to(chain.device))
+    return backward_information(linearise(chain, around), potential)
