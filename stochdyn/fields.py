@@ -1,7 +1,9 @@
 """Fields: what a path is made of, and how it is called.
 
-A field is any callable `(t, z)` or `(t, z, context)` that returns a tensor. `t` broadcasts against `z` and ends in a
-dimension of size 1; `z` ends in the state. See `stochdyn.shapes` for the two layouts in which a field is called.
+A field is any callable `(t, z)` or `(t, z, context)` that returns a tensor. `t` broadcasts against `z` and
+ends in a dimension of size 1; `z` ends in the state and has every batch dimension, and so has `context`, so
+that `torch.cat([z, context], -1)` works. See `stochdyn.shapes` for the two layouts in which a field is
+called.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +18,7 @@ Field = Callable[..., Tensor]
 
 
 def evaluate(name: str, field: Field, t: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
-    """Call a user's field; `context` is left out where there is none.
+    """Call a user's field; `context` is left out where there is none, and gets the batch of z.
 
     Raises:
         FieldError: if the field raises NotImplementedError, which Pyro would swallow.
@@ -26,9 +28,13 @@ def evaluate(name: str, field: Field, t: Tensor, z: Tensor, context: Tensor | No
         tensor([-1., -1.])
     """
     try:
-        return field(t, z) if context is None else field(t, z, context)
+        if context is None:
+            return field(t, z)
+        return field(t, z, context.expand(*z.shape[:-1], context.shape[-1]))
     except NotImplementedError as error:
-        raise FieldError(f"The {name} raised NotImplementedError: {error}. Implement it for this input.") from error
+        raise FieldError(
+            f"The {name} raised NotImplementedError: {error}. Implement it for this input."
+        ) from error
 
 
 class AbstractDiffusion(ABC):
@@ -71,8 +77,8 @@ class DiagonalDiffusion(AbstractDiffusion):
 class MatrixDiffusion(AbstractDiffusion):
     """Correlated, scalar or rank-deficient noise: a matrix (..., state, noise), from a field or as a tensor.
 
-    With fewer noises than states (noise on the velocity only, say) the density of a path is taken on the subspace
-    that the noise reaches, and a value off that subspace is refused.
+    With fewer noises than states (noise on the velocity only, say) the density of a path is taken on the
+    subspace that the noise reaches, and a value off that subspace is refused.
 
     Args:
         field: `(t, z[, context]) -> (..., state, noise)`, or a tensor of that shape.
@@ -82,6 +88,7 @@ class MatrixDiffusion(AbstractDiffusion):
 
     Raises:
         FieldError: when a path is built, if the shape does not fit the state.
+        DiffusionError: when a path is built, if the columns are linearly dependent at the first time.
 
     Example:
         >>> import stochdyn as sd
@@ -130,13 +137,13 @@ def probe(
         (torch.Size([5]), 2)
     """
     with torch.no_grad():
-        f = _probe_one("drift", drift, t, z, context)
-        g = _probe_one("diffusion", diffusion, t, z, context)
+        f = call_field("drift", drift, t, z, context)
+        g = call_field("diffusion", diffusion, t, z, context)
     state = z.shape[-1]
-    if f.dim() < 1 or f.shape[-1] not in (state, 1):
+    if f.shape[-1] not in (state, 1):
         raise FieldError(_misfit("drift", f, f"(..., state={state})", z))
     if diffusion.diagonal:
-        if g.dim() < 1 or g.shape[-1] not in (state, 1):
+        if g.shape[-1] not in (state, 1):
             hint = " For a matrix use sd.MatrixDiffusion(...)." if g.dim() >= 2 else ""
             raise FieldError(_misfit("diffusion", g, f"(..., state={state})", z) + hint)
         batches, noise = [f.shape[:-1], g.shape[:-1], z.shape[:-1]], state
@@ -153,10 +160,20 @@ def probe(
         ) from error
 
 
-def _probe_one(name: str, field: Field, t: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+def call_field(name: str, field: Field, t: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+    """Call a field as `evaluate` does and say in the user's words what went wrong.
+
+    Raises:
+        FieldError: if it is not callable, fails, or returns no tensor with a last dimension.
+        DtypeError: if it changes dtype or device.
+
+    Example:
+        >>> call_field("control", lambda t, z: 0 * z, torch.zeros(1), torch.ones(2), None)
+        tensor([0., 0.])
+    """
     given = f"t of shape {tuple(t.shape)}, z of shape {tuple(z.shape)}"
     if context is not None:
-        given += f", context of shape {tuple(context.shape)}"
+        given += f", context of shape {(*z.shape[:-1], context.shape[-1])}"
     if not callable(field):
         raise FieldError(f"The {name} must be callable as (t, z[, context]), got {type(field).__name__}.")
     try:
@@ -166,8 +183,9 @@ def _probe_one(name: str, field: Field, t: Tensor, z: Tensor, context: Tensor | 
             f"The {name} failed on {given}: {error}. `z` ends in the state and has the batch before it, so a "
             "parameter of batch shape is written theta[..., None]; a context comes as third argument."
         ) from error
-    if not isinstance(out, Tensor):
-        raise FieldError(f"The {name} must return a tensor, got {type(out).__name__} for {given}.")
+    if not isinstance(out, Tensor) or out.dim() < 1:
+        got = "a number" if isinstance(out, Tensor) else type(out).__name__
+        raise FieldError(f"The {name} must return a tensor that ends in the state, got {got} for {given}.")
     if out.dtype != z.dtype or out.device != z.device:
         raise DtypeError(
             f"The {name} returned {out.dtype} on {out.device} for a state of {z.dtype} on {z.device}. "
@@ -177,23 +195,36 @@ def _probe_one(name: str, field: Field, t: Tensor, z: Tensor, context: Tensor | 
 
 
 def _misfit(name: str, out: Tensor, expected: str, z: Tensor) -> str:
-    return f"The {name} returned shape {tuple(out.shape)} for z of shape {tuple(z.shape)}, expected {expected}."
+    return (
+        f"The {name} returned shape {tuple(out.shape)} for z of shape {tuple(z.shape)}, expected {expected}."
+    )
 
 
-def check_positive(g: Tensor, times: str) -> None:
-    """Refuse a diagonal diffusion that is not positive.
+def check_diffusion(diffusion: AbstractDiffusion, g: Tensor, time: float) -> None:
+    """Refuse a value of the diffusion with which a step has no density.
 
     Raises:
-        DiffusionError: naming the state and the value.
+        DiffusionError: naming the time, the state and the value.
 
     Example:
-        >>> check_positive(torch.tensor([0.1, 0.2]), "time 0")
+        >>> noise = DiagonalDiffusion(torch.tensor([0.1, 0.2]))
+        >>> check_diffusion(noise, noise(torch.zeros(1), torch.zeros(2)), 0.0)
     """
-    bad = ~(g > 0)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        value = g[tuple(where)].item()
+    if diffusion.diagonal:
+        bad = ~((g > 0) & (g < torch.inf))
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            raise DiffusionError(
+                f"time {time:g}, state {where[-1]}: the diffusion is {g[tuple(where)].item():g}; a density "
+                "needs it positive and finite. Use softplus or exp with a floor, or MatrixDiffusion without "
+                "that noise."
+            )
+        return
+    if not torch.isfinite(g).all():
+        raise DiffusionError(f"time {time:g}: the diffusion matrix is not finite. Bound it, or its input.")
+    sizes = torch.linalg.svdvals(g)
+    if (sizes[..., -1] <= 1e2 * torch.finfo(g.dtype).eps * sizes[..., 0]).any():
         raise DiffusionError(
-            f"{times}, state {where[-1]}: the diffusion is {value:g}; a density needs it positive. "
-            "Use softplus or exp with a floor, or MatrixDiffusion without that noise."
+            f"time {time:g}: the diffusion matrix is singular. Give it as (..., state, noise) with as many "
+            "columns as there are independent noises, linearly independent."
         )

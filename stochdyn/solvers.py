@@ -1,8 +1,8 @@
 """Solvers as values. A kernel has a transition density, z' = a(z) + G(z) xi with xi ~ N(0, I).
 
-How to choose: `GaussianStep(mean=Heun())` for mechanistic models, whose rates are read afterwards (a first-order mean
-biases them); `EulerMaruyama()` for learned drifts, at half the cost; `GaussianStep(mean=RungeKutta4())` for fast
-oscillations at a coarse grid.
+How to choose: `GaussianStep(mean=Heun())` for mechanistic models, whose rates are read afterwards (a
+first-order mean biases them); `EulerMaruyama()` for learned drifts, at half the cost;
+`GaussianStep(mean=RungeKutta4())` for fast oscillations at a coarse grid.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from stochdyn.errors import DiffusionError, TimeError
+from stochdyn.errors import DiffusionError, FieldError, TimeError
 from stochdyn.fields import AbstractDiffusion, as_diffusion
 
 Drift = Callable[[Tensor, Tensor], Tensor]
@@ -25,19 +25,6 @@ class AbstractMean(ABC):
     @abstractmethod
     def mean(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
         """The state after one step of length dt from z at t."""
-
-
-@dataclass(frozen=True)
-class Euler(AbstractMean):
-    """Explicit Euler: order 1, one call of the drift.
-
-    Example:
-        >>> Euler().mean(lambda t, z: -z, torch.zeros(1), torch.tensor([0.1]), torch.ones(1))
-        tensor([0.9000])
-    """
-
-    def mean(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
-        return z + drift(t, z) * dt
 
 
 @dataclass(frozen=True)
@@ -74,8 +61,10 @@ class RungeKutta4(AbstractMean):
     substeps: int = 1
 
     def __post_init__(self) -> None:
-        if self.substeps < 1:
-            raise TimeError(f"RungeKutta4: `substeps` must be at least 1, got {self.substeps}.")
+        if not isinstance(self.substeps, int) or self.substeps < 1:
+            raise TimeError(
+                f"RungeKutta4: `substeps` must be an integer of at least 1, got {self.substeps!r}."
+            )
 
     def mean(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
         h = dt / self.substeps
@@ -94,12 +83,22 @@ class AbstractKernel(ABC):
 
     @abstractmethod
     def step(
-        self, drift: Drift, diffusion: AbstractDiffusion, t: Tensor, dt: Tensor, z: Tensor, context: Tensor | None
+        self,
+        drift: Drift,
+        diffusion: AbstractDiffusion,
+        t: Tensor,
+        dt: Tensor,
+        z: Tensor,
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The mean a and the noise factor G of one step; G is (..., state) where the noise is diagonal.
 
         `drift` is called as (t, z), its context already bound.
         """
+
+    @abstractmethod
+    def advance(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
+        """The mean of one step alone: the `a` of `step`."""
 
     def transition(
         self,
@@ -119,7 +118,8 @@ class AbstractKernel(ABC):
             z: state (*batch, state).
 
         Raises:
-            DiffusionError: if there are fewer noises than states, where no density on the whole space exists.
+            DiffusionError: if there are fewer noises than states, or the matrix is singular: no density on
+                the whole space exists.
 
         Example:
             >>> import stochdyn as sd
@@ -132,28 +132,34 @@ class AbstractKernel(ABC):
         t, dt = (x.reshape(1) if x.dim() == 0 else x for x in (torch.as_tensor(t), torch.as_tensor(dt)))
         a, G = self.step(drift, noise, t, dt, z, None)
         if noise.diagonal:
-            return dist.Normal(a, G.abs().expand_as(a)).to_event(1)
+            return dist.Normal(*torch.broadcast_tensors(a, G.abs())).to_event(1)
         if G.shape[-1] < G.shape[-2]:
             raise DiffusionError(
                 f"{G.shape[-1]} noises for {G.shape[-2]} states: the step has no density on the whole space. "
                 "Use SDEPath, which scores on the subspace that the noise reaches."
             )
-        return dist.MultivariateNormal(a, scale_tril=torch.linalg.cholesky(G @ G.mT))
+        try:
+            return dist.MultivariateNormal(a, scale_tril=torch.linalg.cholesky(G @ G.mT))
+        except torch.linalg.LinAlgError as error:
+            raise DiffusionError(
+                f"The diffusion matrix is singular ({error}). Make its rows independent."
+            ) from error
 
 
 @dataclass(frozen=True)
 class GaussianStep(AbstractKernel):
     """A Gaussian step with a better mean: the mean of an ODE solver, the noise of Euler-Maruyama.
 
-    z' = mean(z) + g(t, z) sqrt(dt) xi. Itô convention. Weak order 1, and as the noise gets small the order of its mean.
-    Prefer it to `EulerMaruyama` wherever the drift's parameters have a meaning: a first-order mean shifts their posterior.
+    z' = mean(z) + g(t, z) sqrt(dt) xi. Itô convention. Weak order 1, and as the noise gets small the order of
+    its mean. Prefer it to `EulerMaruyama` wherever the drift's parameters have a meaning: a first-order mean
+    shifts their posterior.
 
     Args:
         mean: `Heun()` (order 2) or `RungeKutta4()` (order 4).
 
     References:
-        Milstein & Tretyakov, "Numerical methods in the weak sense for stochastic differential equations with small
-        noise", SIAM J. Numer. Anal. 1997, https://doi.org/10.1137/S0036142996278967
+        Milstein & Tretyakov, "Numerical methods in the weak sense for stochastic differential equations with
+        small noise", SIAM J. Numer. Anal. 1997, https://doi.org/10.1137/S0036142996278967
 
     Example:
         >>> import stochdyn as sd
@@ -166,20 +172,30 @@ class GaussianStep(AbstractKernel):
     mean: AbstractMean = field(default_factory=Heun)
 
     def step(
-        self, drift: Drift, diffusion: AbstractDiffusion, t: Tensor, dt: Tensor, z: Tensor, context: Tensor | None
+        self,
+        drift: Drift,
+        diffusion: AbstractDiffusion,
+        t: Tensor,
+        dt: Tensor,
+        z: Tensor,
+        context: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return self.mean.mean(drift, t, dt, z), diffusion.scale(diffusion(t, z, context), dt.sqrt())
+        return self.advance(drift, t, dt, z), diffusion.scale(diffusion(t, z, context), dt.sqrt())
+
+    def advance(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
+        return self.mean.mean(drift, t, dt, z)
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(GaussianStep):
+class EulerMaruyama(AbstractKernel):
     """Euler-Maruyama: z' = z + f(t, z) dt + g(t, z) sqrt(dt) xi.
 
-    Itô convention. Strong order 1/2 (1 for additive noise), weak order 1, one call of drift and diffusion. Prefer
-    `GaussianStep(mean=Heun())` for models whose parameters are read.
+    Itô convention. Strong order 1/2 (1 for additive noise), weak order 1, one call of drift and diffusion.
+    Prefer `GaussianStep(mean=Heun())` for models whose parameters are read.
 
     References:
-        Maruyama, "Continuous Markov processes and stochastic equations", 1955, https://doi.org/10.1007/BF02846028
+        Maruyama, "Continuous Markov processes and stochastic equations", 1955,
+        https://doi.org/10.1007/BF02846028
 
     Example:
         >>> import stochdyn as sd
@@ -187,4 +203,34 @@ class EulerMaruyama(GaussianStep):
         True
     """
 
-    mean: AbstractMean = field(default_factory=Euler, init=False, repr=False)
+    def step(
+        self,
+        drift: Drift,
+        diffusion: AbstractDiffusion,
+        t: Tensor,
+        dt: Tensor,
+        z: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return self.advance(drift, t, dt, z), diffusion.scale(diffusion(t, z, context), dt.sqrt())
+
+    def advance(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
+        return z + drift(t, z) * dt
+
+
+def check_kernel(solver: object) -> AbstractKernel:
+    """Refuse what has no transition density.
+
+    Raises:
+        FieldError: with the object to write instead.
+
+    Example:
+        >>> check_kernel(EulerMaruyama())
+        EulerMaruyama()
+    """
+    if isinstance(solver, AbstractKernel):
+        return solver
+    fix = "Solvers are objects, e.g. EulerMaruyama() or GaussianStep(mean=Heun())."
+    if isinstance(solver, AbstractMean):
+        fix = f"It integrates only; as a kernel it is GaussianStep(mean={solver!r})."
+    raise FieldError(f"`solver` must have a transition density, got {solver!r}. {fix}")

@@ -272,7 +272,10 @@ def check_resolution(times: Tensor, lengths: Tensor, dtype: torch.dtype, where: 
 
 
 def fill_missing(raw: Tensor, mask: Tensor, dtype: torch.dtype, say: Any) -> Tensor:
-    """Cast values, put 0 where the mask is False, and refuse what is not finite where it is True.
+    """Cast values, refuse what is not finite where the mask is True, and fill in where it is False.
+
+    The filling is a value that its channel does take (1 where it has none): a likelihood checks and evaluates all
+    values before the mask drops some, and 0 is outside the support of a LogNormal.
 
     Args:
         raw: (series, time, channel), any real dtype.
@@ -286,7 +289,7 @@ def fill_missing(raw: Tensor, mask: Tensor, dtype: torch.dtype, say: Any) -> Ten
     Example:
         >>> raw = torch.tensor([[[float("nan")], [2.0]]])
         >>> fill_missing(raw, torch.tensor([[[False], [True]]]), torch.float32, str).flatten()
-        tensor([0., 2.])
+        tensor([2., 2.])
     """
     values = torch.where(mask, raw, torch.zeros((), dtype=raw.dtype, device=raw.device)).to(dtype)
     bad = ~values.isfinite()
@@ -297,4 +300,10 @@ def fill_missing(raw: Tensor, mask: Tensor, dtype: torch.dtype, say: Any) -> Ten
             fix = "Rescale the channel, or pass dtype=torch.float64."
             raise DataError(f"{say(*first)}: value {got:g} does not fit in {dtype}. {fix}")
         raise DataError(f"{say(*first)}: value is {got}. Missing values go into `mask`, not into `values`.")
-    return values
+    return torch.where(mask, values, _typical(values, mask))
+
+
+def _typical(values: Tensor, mask: Tensor) -> Tensor:
+    """(channel,) the largest observed value of every channel, 1 where there is none."""
+    largest = values.masked_fill(~mask, -float("inf")).flatten(0, 1).amax(0)
+    return torch.where(mask.flatten(0, 1).any(0), largest, torch.ones_like(largest))

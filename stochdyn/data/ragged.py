@@ -187,18 +187,19 @@ def extend_rows(series: Any, ts: Any) -> dict[str, Any]:
     Example:
         >>> import stochdyn as sd
         >>> extend_rows(sd.Series([0.0, 1.0], [[[1.0], [2.0]]]), [3.0])["values"].flatten()
-        tensor([1., 2., 0.])
+        tensor([1., 2., 1.])
     """
     extra = _read_extra(ts, series.times.device)
     shared = series.times.ndim == 1
     rows, lengths = (series.times[None], series.lengths[:1]) if shared else (series.times, series.lengths)
     times, source, total = merge_times(rows, lengths, extra)
     source = source.expand(len(series), -1)
-    blank = series.values.new_zeros(len(series), len(extra), series.obs_dim)
+    # The first value stands in: observed or not, it is one that the likelihood can evaluate.
+    blank = series.values[:, :1].expand(-1, len(extra), -1)
     return {
         "times": times[0] if shared else times,
         "values": take_times(torch.cat([series.values, blank], 1), source),
-        "mask": take_times(torch.cat([series.mask, blank.bool()], 1), source),
+        "mask": take_times(torch.cat([series.mask, torch.zeros_like(blank, dtype=torch.bool)], 1), source),
         "lengths": total.expand(len(series)),
         "covariates": carry_forward(series.covariates, rows, lengths, times),
     }

@@ -20,8 +20,8 @@ class Series:
     """A set of multivariate time series; every model is called with one, and a mini-batch is one.
 
     Times are shared by all series or each series has its own; a mask says what was observed. NaN never stays
-    inside: where the mask is False the value is 0. Rows of own times may end in padding, repeats of the last
-    time with a mask that is False; `from_list` makes it.
+    inside: where the mask is False a value that the channel takes stands in. Rows of own times may end in
+    padding, repeats of the last time with a mask that is False; `from_list` makes it.
 
     Shapes:
         times (time,) or (series, time); values (series, time, channel), mask the same or (series, time);

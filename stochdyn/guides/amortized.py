@@ -7,30 +7,30 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
-from stochdyn.data import Series
-from stochdyn.encoders import AbstractEncoder, align
+from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import GuideError
-from stochdyn.guides.linearise import likelihood_message
 from stochdyn.guides.messages import AbstractMessageFamily, FilterMessage, masked
 from stochdyn.guides.passes import (
     AsGuide,
-    Given,
     PathReached,
+    PathsWithoutNoise,
     Run,
     emit_parameters,
     is_enumerated,
-    observed_log_prob,
+    own_randomness,
     prior_mode,
 )
-from stochdyn.guides.path_site import PathSite, signature_of
+from stochdyn.guides.path_site import PathSite
 from stochdyn.guides.plates import Place
 from stochdyn.guides.sites import FullRank, JointNormal, LocalNormal, MeanField, Start, prior_start
+from stochdyn.guides.smoother import Smoother, without_particles
 from stochdyn.paths import GuidedPath, Message, SDEPath, information_filter
 
 _serial = count()
+_taken = nn.ModuleDict()
 
 
 class AmortizedGuide(nn.Module):
@@ -45,13 +45,13 @@ class AmortizedGuide(nn.Module):
         encoder: reads the model's first argument, a `Series`, so that the messages of a series come from its data
             (amortised: series never seen get a posterior too). None: free parameters per series and grid time.
         message: how messages are made; `FilterMessage()` starts at the information filter, `FreeMessage()` at
-            nothing. Both see the latents sampled before the path.
+            nothing. The filter and the encoder's head see the latents sampled before the path.
         latents: the family of the other latents, `FullRank()` or `MeanField()`.
         hidden: width of the head that turns an encoding into a message.
 
     Raises:
-        GuideError: at the first call, for a discrete latent that is not enumerated, an encoder without a `Series`,
-            data of another population than the guide was trained on (without an encoder), or a grid of another length.
+        GuideError: when called, for a discrete latent that is not enumerated, an encoder without a `Series`, data of
+            another population than the guide was trained on (without an encoder), or a grid of another length.
 
     References:
         Archer et al., "Black box variational inference for state space models", 2015, https://arxiv.org/abs/1511.07367;
@@ -94,6 +94,10 @@ class AmortizedGuide(nn.Module):
         self._plates: int | None = None
         self._label = f"{type(self).__name__}${next(_serial)}"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._label = f"{type(self).__name__}${next(_serial)}"
+
     @property
     def model(self) -> Callable[..., Any]:
         """The model that the guide was made for."""
@@ -122,25 +126,23 @@ class AmortizedGuide(nn.Module):
 
     @torch.no_grad()
     def _set_up(self, run: Run) -> None:
-        with torch.random.fork_rng(), poutine.block(), poutine.trace() as tracer:
+        with own_randomness(), poutine.block(), poutine.trace() as tracer, PathsWithoutNoise():
             self.model(*run.args, **run.kwargs)
-        nodes = tracer.trace.nodes
-        latents = {n: s for n, s in nodes.items() if s["type"] == "sample" and not s["is_observed"]}
-        members = {n: s["value"] for n, s in latents.items() if type(s["fn"]).__name__ == "_Subsample"}
-        sites = {n: s for n, s in latents.items() if n not in members and not is_enumerated(s)}
-        frames = [f for s in nodes.values() if s["type"] == "sample" for f in s["cond_indep_stack"] if f.vectorized]
-        self._plates = max((-f.dim for f in frames), default=0)
+        nodes = {n: s for n, s in tracer.trace.nodes.items() if s["type"] == "sample"}
+        members = {n: s["value"] for n, s in nodes.items() if site_is_subsample(s)}
+        latents = {n: s for n, s in nodes.items() if not (s["is_observed"] or n in members or is_enumerated(s))}
+        frames = [f for s in nodes.values() for f in s["cond_indep_stack"] if f.vectorized]
         starts: dict[str, Start] = {}
-        features = 0
-        for name, site in sites.items():
+        for name, site in latents.items():
             place = Place.of(name, tuple(site["cond_indep_stack"]), members)
-            if isinstance(site["fn"], SDEPath):
-                self._set_up_path(name, site["fn"], place, features)
-                continue
-            with torch.random.fork_rng():
-                starts[name] = prior_start(name, site["fn"], place)
-            features += starts[name].loc.shape[-1]
+            with own_randomness():
+                if isinstance(site["fn"], SDEPath):
+                    features = sum(s.loc.shape[-1] for s in starts.values() if s.place.within(place))
+                    self._set_up_path(name, site["fn"], place, features)
+                else:
+                    starts[name] = prior_start(name, site["fn"], place)
         self._set_up_latents(starts)
+        self._plates = max((-f.dim for f in frames), default=0)
 
     def _set_up_latents(self, starts: Mapping[str, Start]) -> None:
         joint = {}
@@ -155,24 +157,19 @@ class AmortizedGuide(nn.Module):
             self.joint.arrange({name: start.loc.shape[-1] for name, start in joint.items()})
 
     def _set_up_path(self, name: str, prior: SDEPath, place: Place, upstream: int) -> None:
-        if _key(name) in self.paths:
-            return
-        with torch.random.fork_rng():
-            draws = prior.expand(prior.batch_shape).guided().rsample((50,)).flatten(0, -2)
-        unit = torch.nan_to_num(draws.std(0), nan=1.0, posinf=1.0).clamp(1e-3, 1e3)
-        features = None if self.encoder is None else self.encoder.hidden + 2 + upstream
-        shape = place.table_shape(prior.batch_shape)
-        points = prior.event_shape[0]
-        self.paths[_key(name)] = PathSite.begin(self.message, shape, points, unit, features, self.hidden)
+        if _key(name) not in self.paths:
+            features = None if self.encoder is None else self.encoder.hidden + 2 + upstream
+            self.paths[_key(name)] = PathSite.begin(self.message, prior, place, features, self.hidden)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for group, kind in (("paths", PathSite), ("locals", LocalNormal)):
             modules, states = getattr(self, group), _grouped(state_dict, f"{prefix}{group}.")
             for key, state in states.items():
-                modules[key] = kind.of_state(state)
-        joint = _grouped({k: v for k, v in state_dict.items() if k.startswith(f"{prefix}joint.")}, prefix)
-        if joint:
-            self.joint = JointNormal.of_state(joint["joint"])
+                if key not in modules or not _same_shapes(modules[key], state):
+                    modules[key] = kind.of_state(state)
+        state = _grouped(state_dict, prefix).get("joint")
+        if state and (self.joint is None or not _same_shapes(self.joint, state)):
+            self.joint = JointNormal.of_state(state)
         self._plates = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -202,15 +199,15 @@ class AmortizedGuide(nn.Module):
         return None
 
     def _sampled(self, name: str, q: Any, value: Tensor, place: Place, run: Run) -> None:
-        if isinstance(q, GuidedPath):
-            if self.training and torch.is_grad_enabled() and isinstance(self.message, FilterMessage):
-                site = self.paths[_key(name)]
-                if run.features.pop(f"{name} known", None) is not None:
-                    site.follow(value, place, self.message.follow)
-            return
-        if self.joint is not None and name in self.joint.slices:
-            run.residuals.add(q, value)
-        run.features[name] = q.free(value)
+        if not isinstance(q, GuidedPath):
+            if self.joint is not None and name in self.joint.slices:
+                run.residuals.add(q, value)
+            run.features[name] = q.free(value)
+        elif self._learning() and isinstance(self.message, FilterMessage):
+            self._path_site(name).follow(value, q.ts, place, self.message.follow)
+
+    def _learning(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     # Messages.
 
@@ -222,9 +219,15 @@ class AmortizedGuide(nn.Module):
                 raise PathReached(name, prior, place)
             potential, around = run.potentials[name]
             base = information_filter(prior, potential, around)
+        elif self.encoder is not None:
+            around = site.centre
         else:
-            around = self._around(site, prior, place, run)
-        numbers, valid = self._numbers(site, prior, place, run)
+            around = self._around(PathReached(name, prior, place), run, lambda: prior_mode(prior))
+        if self.encoder is None:
+            signature = site.signature_of(run.args, prior.batch_shape)
+            numbers, valid = site.table_numbers(prior.ts, place, signature, learning=self._learning())
+        else:
+            numbers, valid = site.encoded_numbers(self.encoder, prior, place, run)
         build = self.message.build
         message = masked(build(numbers, site.unit, around, base), valid)
         score = masked(build(numbers.detach(), site.unit, around, base), valid)
@@ -237,112 +240,34 @@ class AmortizedGuide(nn.Module):
 
     def _potential(self, reached: PathReached, run: Run) -> tuple[Message, Tensor]:
         """The likelihood's message at the running estimate of the path, and that estimate."""
-        name, prior, place = reached.name, reached.prior, reached.place
-        site = self._path_site(name)
-        batch = run.args[0] if run.args else None
-        shape = prior.batch_shape[max(len(prior.batch_shape) - (self._plates or 0), 0) :]
-        signature = signature_of(batch, shape, site.seen.device)
-        around = self._stored(site, prior, place, signature)
-        if around is None:
-            around = self._refined(name, prior, run, len(shape))
-            if self._on_table(site, around, place) and torch.is_grad_enabled() and self.training:
-                site.remember(prior.ts, around, place, signature)
-        run.features[f"{name} known"] = torch.ones(())
-        leading = run.leading(self._plates or 0)
-        around = around.expand(*leading, *around.shape)
-        return self._likelihood(name, prior, around, run), around
-
-    @staticmethod
-    def _on_table(site: PathSite, around: Tensor, place: Place) -> bool:
-        rows = place.take(site.seen, 0).shape
-        return rows == around.shape[:-2] and around.shape[-2] <= site.grid.shape[-1]
-
-    def _stored(self, site: PathSite, prior: SDEPath, place: Place, signature: Tensor) -> Tensor | None:
-        if place.take(site.seen, 0).shape != signature.shape:
-            return None
-        if not bool(site.known(prior.ts.to(site.grid.device), place, signature).all()):
-            return None
-        return place.take(site.around, 2)[..., : prior.event_shape[0], :].clone()
-
-    def _likelihood(self, name: str, prior: SDEPath, around: Tensor, run: Run) -> Message:
-        def log_likelihood(z: Tensor) -> Tensor:
-            given = Given(run, {**run.values, name: z}, self._median)
-            return observed_log_prob(self.model, run, given)
-
-        return likelihood_message(log_likelihood, around)
+        smoother = Smoother(self.model, self._median, self._plates or 0, getattr(self.message, "refine", 0))
+        plates = self._path_site(reached.name).plates
+        around = self._around(reached, run, lambda: smoother.refined(reached, run, plates))
+        around = smoother.expanded(around, run)
+        return smoother.likelihood(reached, around, run), around
 
     @torch.no_grad()
-    def _refined(self, name: str, prior: SDEPath, run: Run, plates: int) -> Tensor:
-        """The smoothed path by iterated linearisation, from the prior's path without noise."""
-        around = _without_particles(prior_mode(prior), plates)
-        zeros = torch.zeros_like(around).movedim(-2, 0)
-        leading = run.leading(self._plates or 0)
-        for _ in range(self.message.refine if isinstance(self.message, FilterMessage) else 0):
-            expanded = around.expand(*leading, *around.shape)
-            message = information_filter(prior, self._likelihood(name, prior, expanded, run), expanded)
-            guided = prior.guided(message)
-            noise = zeros.reshape(zeros.shape[0], *[1] * len(leading), *zeros.shape[1:])
-            path = guided.transport(noise.expand(zeros.shape[0], *guided.batch_shape, zeros.shape[-1]))
-            path = _without_particles(path, plates)
-            if not torch.isfinite(path).all():
-                break
-            around = path
-        return around
-
-    @torch.no_grad()
-    def _around(self, site: PathSite, prior: SDEPath, place: Place, run: Run) -> Tensor:
-        """Where free messages are centred at first: the prior's path without noise, as it was at the first call."""
-        shape = prior.batch_shape[max(len(prior.batch_shape) - (self._plates or 0), 0) :]
-        signature = signature_of(run.args[0] if run.args else None, shape, site.seen.device)
-        around = self._stored(site, prior, place, signature)
+    def _around(self, reached: PathReached, run: Run, make: Callable[[], Tensor]) -> Tensor:
+        """Where messages are centred: what is stored for these data, else made now (and stored, in training)."""
+        site, prior, place = self._path_site(reached.name), reached.prior, reached.place
+        signature = site.signature_of(run.args, prior.batch_shape)
+        around = site.stored(prior.ts, place, signature)
         if around is None:
-            around = _without_particles(prior_mode(prior), len(shape))
-            if self._on_table(site, around, place) and self.training:
+            around = without_particles(make(), site.plates)
+            if self.training:
                 site.remember(prior.ts, around, place, signature)
         return around
-
-    def _numbers(self, site: PathSite, prior: SDEPath, place: Place, run: Run) -> tuple[Tensor, Tensor]:
-        """The learned numbers (*batch, time, numbers), and where messages exist (*batch, time)."""
-        if self.encoder is None:
-            return self._table_numbers(site, prior, place, run)
-        batch = run.args[0] if run.args else None
-        if not isinstance(batch, Series):
-            raise GuideError(
-                f"path site '{place.name}': the encoder needs a Series as the model's first argument, got "
-                f"{type(batch).__name__}. Call model(batch), or use encoder=None."
-            )
-        encoding, ahead, valid = align(self.encoder(batch), batch, prior.ts)
-        dt = torch.nn.functional.pad(prior.ts.diff(dim=-1), (0, 1)).to(encoding.dtype).expand(ahead.shape)
-        parts = [encoding, torch.stack([ahead, dt], -1)]
-        upstream = [v for k, v in run.features.items() if not k.endswith(" known")]
-        lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], encoding.shape[:-2])
-        parts = [p.expand(*lead, *p.shape[-2:]) for p in parts]
-        parts += [v[..., None, :].expand(*lead, encoding.shape[-2], v.shape[-1]) for v in upstream]
-        assert_head = site.head
-        if assert_head is None:
-            raise GuideError(f"path site '{place.name}': this guide was trained without an encoder.")
-        return assert_head(torch.cat(parts, -1)), valid
-
-    def _table_numbers(self, site: PathSite, prior: SDEPath, place: Place, run: Run) -> tuple[Tensor, Tensor]:
-        numbers, valid = site.table_numbers(prior.ts, place)
-        rows = place.take(site.seen, 0)
-        signature = signature_of(run.args[0] if run.args else None, rows.shape, rows.device)
-        changed = rows & (place.take(site.signature, 0) != signature)
-        if not self.training and bool((changed | ~rows).any()):
-            where = (changed | ~rows).nonzero()[0].tolist()
-            raise GuideError(
-                f"series {where[-1] if where else 0}: a guide without an encoder knows only the series that it was "
-                "trained on, and these are other data. Use encoder=sd.GRUEncoder(...), or fit a new guide."
-            )
-        return numbers, valid
-
-
-def _without_particles(path: Tensor, plates: int) -> Tensor:
-    return path.reshape(-1, *path.shape[path.dim() - plates - 2 :]).mean(0)
 
 
 def _key(name: str) -> str:
-    return name.replace(".", "__")
+    """A site's name as a key of a ModuleDict, which refuses dots and the names of its own methods."""
+    key = name.replace(".", "__")
+    return f"{key}__" if hasattr(_taken, key) else key
+
+
+def _same_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    own = module.state_dict()
+    return own.keys() == state.keys() and all(own[name].shape == state[name].shape for name in own)
 
 
 def _grouped(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
@@ -352,6 +277,3 @@ def _grouped(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, dict[st
             name, _, rest = key[len(prefix) :].partition(".")
             out.setdefault(name, {})[rest] = value
     return out
-
-
-__all__ = ["AmortizedGuide", "biject_to"]

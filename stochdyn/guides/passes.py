@@ -5,7 +5,8 @@ model (by an exception), asks what the likelihood of the path would be, and runs
 that were already sampled; so a message may depend on everything sampled before the path.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,9 @@ from pyro.poutine.runtime import apply_stack
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from stochdyn.errors import GuideError
 from stochdyn.guides.plates import Place
 from stochdyn.guides.sites import Residuals
-from stochdyn.paths import GuidedPath, Message, SDEPath
+from stochdyn.paths import Message, SDEPath
 
 
 @dataclass
@@ -34,12 +34,17 @@ class Run:
     members: dict[str, Tensor] = field(default_factory=dict)
     potentials: dict[str, tuple[Message, Tensor]] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
     residuals: Residuals = field(default_factory=Residuals)
 
     def leading(self, plates: int) -> torch.Size:
         """Batch dimensions left of the model's plates (particles), over everything sampled so far."""
         shapes = [s[: len(s) - plates] for s in self.batch_shapes.values() if len(s) > plates]
         return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
+
+    def upstream(self, place: Place) -> list[Tensor]:
+        """The unconstrained values of the latents sampled before a site, of those in none but its own plates."""
+        return [value for name, value in self.features.items() if self.places[name].within(place)]
 
 
 class PathReached(BaseException):
@@ -72,7 +77,6 @@ class AsGuide(Messenger):
     def __init__(self, run: Run, posterior: Posterior, sampled: Callable[[str, Any, Tensor, Place, Run], None]) -> None:
         super().__init__()
         self.run, self.posterior, self.sampled = run, posterior, sampled
-        self.places: dict[str, Place] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name, run = msg["name"], self.run
@@ -89,19 +93,17 @@ class AsGuide(Messenger):
         else:
             place = Place.of(name, tuple(msg["cond_indep_stack"]), run.members)
             posterior = self.posterior(name, msg["fn"], place, run)
-            if msg["scale"] is not None and isinstance(posterior, GuidedPath):
-                posterior._validate_args = msg["fn"]._validate_args
-            self.places[name] = place
+            run.places[name] = place
             msg["fn"] = posterior
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         name, run = msg["name"], self.run
         if site_is_subsample(msg):
             run.members.setdefault(name, msg["value"])
-        elif name in self.places and name not in run.values:
+        elif name in run.places and name not in run.values:
             run.values[name] = msg["value"]
             run.batch_shapes[name] = msg["fn"].batch_shape
-            self.sampled(name, msg["fn"], msg["value"], self.places[name], run)
+            self.sampled(name, msg["fn"], msg["value"], run.places[name], run)
 
 
 class Given(Messenger):
@@ -130,30 +132,30 @@ class Given(Messenger):
                 msg.update(value=value, done=True)
 
 
-def prior_mode(path: SDEPath) -> Tensor:
-    """The path without noise: (*batch, time, state)."""
-    chain = path.chain
+class PathsWithoutNoise(Messenger):
+    """Gives every path its prior's path without noise, so that a first run cannot diverge by chance."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["fn"], SDEPath) and not msg["is_observed"]:
+            msg.update(value=prior_mode(msg["fn"]), done=True)
+
+
+def prior_mode(path: SDEPath, message: Message | None = None) -> Tensor:
+    """The path without noise, twisted by a message if there is one: (*batch, time, state)."""
+    guided = path.guided(message)
+    chain = guided.chain
     zeros = torch.zeros(
         chain.steps + 1, *chain.batch_shape, chain.state_dim, dtype=chain.dtype, device=chain.device
     )
-    return path.guided().transport(zeros)
+    return guided.transport(zeros)
 
 
-def observed_log_prob(model: Callable[..., Any], run: Run, given: Given) -> Tensor:
-    """The unscaled log likelihood of everything observed, summed, with latents as `given` has them.
-
-    Raises:
-        GuideError: if nothing is observed.
-    """
-    total: Tensor | None = None
-    for site in observed_sites(model, run, given):
-        value = site["fn"].log_prob(site["value"])
-        if site["mask"] is not None:
-            value = torch.where(torch.as_tensor(site["mask"]), value, torch.zeros_like(value))
-        total = value.sum() if total is None else total + value.sum()
-    if total is None:
-        raise GuideError("The model observes nothing, so there are no messages. Give `obs=` to a sample statement.")
-    return total
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Draws inside leave the random state outside as it was."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def observed_sites(model: Callable[..., Any], run: Run, given: Given) -> list[dict[str, Any]]:

@@ -1,14 +1,22 @@
 """What a guide stores and learns for one path site."""
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stochdyn.data import Series
+from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.guides.messages import AbstractMessageFamily
+from stochdyn.guides.passes import Run
 from stochdyn.guides.plates import Place
+from stochdyn.guides.sites import centre_and_spread
+from stochdyn.paths import SDEPath
+
+_DRAWS = 50
 
 
 class Head(nn.Sequential):
@@ -30,35 +38,50 @@ class PathSite(nn.Module):
 
     Buffers: `grid` the times of every member, `around` the running estimate of its path, `seen` which members have
     one, `signature` a checksum of their data (a guide without an encoder knows only what it was trained on),
-    `unit` the prior's spread of every state.
+    `centre` and `unit` the prior's median and spread of every state.
     """
 
     grid: Tensor
     around: Tensor
     seen: Tensor
     signature: Tensor
+    centre: Tensor
     unit: Tensor
 
-    def __init__(self, shape: torch.Size, points: int, unit: Tensor, numbers: Tensor | None, head: Head | None) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        points: int,
+        scale: tuple[Tensor, Tensor],
+        numbers: Tensor | None,
+        head: Head | None,
+    ) -> None:
         super().__init__()
         self.numbers = None if numbers is None else nn.Parameter(numbers)
         self.head = head
-        state = len(unit)
+        (centre, unit), state = scale, len(scale[0])
+        self.register_buffer("centre", centre)
         self.register_buffer("unit", unit)
-        self.register_buffer("grid", torch.full((*shape, points), torch.nan, dtype=torch.float64, device=unit.device))
+        nowhere = torch.full((*shape, points), torch.nan, dtype=torch.float64, device=unit.device)
+        self.register_buffer("grid", nowhere)
         self.register_buffer("around", unit.new_zeros(*shape, points, state))
         self.register_buffer("seen", torch.zeros(shape, dtype=torch.bool, device=unit.device))
         self.register_buffer("signature", torch.zeros(shape, dtype=torch.float64, device=unit.device))
 
     @classmethod
     def begin(
-        cls, family: AbstractMessageFamily, shape: torch.Size, points: int, unit: Tensor, features: int | None, hidden: int
+        cls, family: AbstractMessageFamily, prior: SDEPath, place: Place, features: int | None, hidden: int
     ) -> "PathSite":
         """A new one; `features` is None without an encoder."""
-        start = family.start(len(unit)).to(unit)
+        draws = prior.guided()
+        draws._validate_args = False  # a prior may explode; what stays finite tells the scale
+        rows = draws.rsample((math.ceil(_DRAWS / max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
+        scale = centre_and_spread(rows[torch.isfinite(rows).all(-1)])
+        shape, points = place.table_shape(prior.batch_shape), prior.event_shape[0]
+        start = family.start(prior.event_shape[-1]).to(scale[1])
         if features is None:
-            return cls(shape, points, unit, start.expand(*shape, points, -1).clone(), None)
-        return cls(shape, points, unit, None, Head(features, hidden, len(start)).to(unit).begin(start))
+            return cls(shape, points, scale, start.expand(*shape, points, -1).clone(), None)
+        return cls(shape, points, scale, None, Head(features, hidden, len(start)).to(start).begin(start))
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "PathSite":
@@ -69,38 +92,82 @@ class PathSite(nn.Module):
             head = Head(features, hidden, len(state["head.2.bias"])).to(state["head.0.weight"])
         numbers = None if "numbers" not in state else torch.zeros_like(state["numbers"])
         shape, points = state["seen"].shape, state["around"].shape[-2]
-        return cls(shape, points, torch.zeros_like(state["unit"]), numbers, head)
+        scale = torch.zeros_like(state["centre"]), torch.zeros_like(state["unit"])
+        return cls(shape, points, scale, numbers, head)
 
-    def known(self, ts: Tensor, place: Place, signature: Tensor) -> Tensor:
-        """Which members (*batch) are on their own grid, with their own data."""
-        same = place.take(self.seen, 0) & (place.take(self.signature, 0) == signature)
-        stored = place.take(self.grid, 1)
-        if ts.shape[-1] > stored.shape[-1]:
-            return torch.zeros_like(same)
-        return same & (stored[..., : ts.shape[-1]] == ts).all(-1)
+    @property
+    def plates(self) -> int:
+        """The number of batch dimensions that are not particles."""
+        return self.seen.dim()
+
+    def signature_of(self, args: tuple[Any, ...], batch_shape: torch.Size) -> Tensor:
+        """A checksum per series of what was observed, and when; zero where the data are not a Series."""
+        shape = batch_shape[len(batch_shape) - self.plates :]
+        out = torch.zeros(shape, dtype=torch.float64, device=self.seen.device)
+        batch = args[0] if args else None
+        if not isinstance(batch, Series) or not shape or shape[-1] != len(batch):
+            return out
+        seen = batch.mask.flatten(1)
+        times = batch.times.expand(batch.mask.shape[:2])[..., None].expand(batch.mask.shape)
+        rank = seen.cumsum(1).double()
+        numbers = rank * (batch.values.flatten(1).double() + 1) + rank.sqrt() * times.flatten(1)
+        return out + (numbers * seen).sum(-1).to(out.device)
+
+    def stored(self, ts: Tensor, place: Place, signature: Tensor) -> Tensor | None:
+        """The estimate of the path, if all members of this run are on their own grid with their own data."""
+        if not place.fits(self.seen, 0) or ts.shape[-1] > self.grid.shape[-1]:
+            return None
+        same = self._own(place, signature) & (self._grid(ts, place) == ts.to(self.grid.device)).all(-1)
+        return place.take(self.around, 2)[..., : ts.shape[-1], :].clone() if bool(same.all()) else None
+
+    def _own(self, place: Place, signature: Tensor) -> Tensor:
+        """Which members of this run have their own data, up to rounding."""
+        stored = place.take(self.signature, 0)
+        return place.take(self.seen, 0) & ((stored - signature).abs() <= 1e-9 * (1 + stored.abs()))
+
+    def _grid(self, ts: Tensor, place: Place) -> Tensor:
+        return place.take(self.grid, 1)[..., : ts.shape[-1]]
 
     def remember(self, ts: Tensor, around: Tensor, place: Place, signature: Tensor) -> None:
-        """Store the path of the members of this run (the grid is kept to the longest seen)."""
-        points = self.grid.shape[-1]
-        if ts.shape[-1] > points:
-            raise GuideError(
-                f"site '{place.name}': the grid has {ts.shape[-1]} times, the guide was made with {points}. Call the "
-                "guide once on the whole data before training in mini-batches."
-            )
-        pad = points - ts.shape[-1]
+        """Store the path of the members of this run (the grid is kept to the longest seen).
+
+        Raises:
+            GuideError: without an encoder, if this run does not fit the tables.
+        """
+        trouble = self._trouble(ts, place)
+        if trouble and self.numbers is not None:
+            raise GuideError(trouble)
+        if trouble or not (torch.is_grad_enabled() or not bool(place.take(self.seen, 0).all())):
+            return
+        pad = self.grid.shape[-1] - ts.shape[-1]
         around, ts = around.detach(), ts.to(self.grid.device)
         batch = around.shape[:-2]
         ts = ts.expand(*batch, -1)
-        if pad:
-            around = torch.cat([around, around[..., -1:, :].expand(*batch, pad, -1)], -2)
-            ts = torch.cat([ts, ts[..., -1:].expand(*batch, pad)], -1)
+        around = torch.cat([around, around[..., -1:, :].expand(*batch, pad, -1)], -2)
+        ts = torch.cat([ts, ts[..., -1:].expand(*batch, pad)], -1)
         place.put(self.around, around, 2)
         place.put(self.grid, ts, 1)
         place.put(self.seen, torch.ones(batch, dtype=torch.bool, device=self.seen.device), 0)
         place.put(self.signature, signature.expand(batch), 0)
 
-    def follow(self, z: Tensor, place: Place, rate: float) -> None:
+    def _trouble(self, ts: Tensor, place: Place) -> str:
+        if not place.fits(self.seen, 0):
+            return (
+                f"path site '{place.name}': the guide holds messages for {tuple(self.seen.shape)} members of the plates, "
+                f"this run has plates {place.sizes()}. Use encoder=sd.GRUEncoder(...), or fit a new guide."
+            )
+        points = self.grid.shape[-1]
+        if ts.shape[-1] > points:
+            return (
+                f"path site '{place.name}': the grid has {ts.shape[-1]} times, the guide was made with {points}. Call "
+                "the guide once on the whole data before training in mini-batches."
+            )
+        return ""
+
+    def follow(self, z: Tensor, ts: Tensor, place: Place, rate: float) -> None:
         """Move the running estimate towards sampled paths (*particles, *batch, time, state)."""
+        if self._trouble(ts, place) or not bool((self._grid(ts, place) == ts.to(self.grid.device)).all()):
+            return
         stored = place.take(self.around, 2)
         z = z.detach()
         z = z.reshape(-1, *z.shape[z.dim() - stored.dim() :]).mean(0)
@@ -110,8 +177,21 @@ class PathSite(nn.Module):
             moved[..., :points, :] += rate * (z - stored[..., :points, :])
             place.put(self.around, moved, 2)
 
-    def table_numbers(self, ts: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """The learned numbers at the times of a grid, and where they exist (not past the last time)."""
+    def table_numbers(
+        self, ts: Tensor, place: Place, signature: Tensor, learning: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The learned numbers at the times of a grid, and where they exist (not past the last time).
+
+        Raises:
+            GuideError: if not learning, and the data are not those that the guide was trained on.
+        """
+        if self.numbers is None:
+            raise GuideError(f"path site '{place.name}': this guide was trained with an encoder, and has none now.")
+        if not bool(self.seen.any()):
+            start = self.numbers[(0,) * (self.plates + 1)]
+            return start, torch.ones((1,), dtype=torch.bool, device=start.device)
+        if not learning:
+            self._check_data(place, signature)
         table, stored = place.take(self.numbers, 2), place.take(self.grid, 1)
         points = ts.shape[-1]
         ts = ts.to(stored.device).expand(*stored.shape[:-1], -1)
@@ -121,14 +201,44 @@ class PathSite(nn.Module):
         picked = table.gather(-2, at[..., None].expand(*at.shape, table.shape[-1]))
         return picked, ts <= stored[..., -1:]
 
+    def _check_data(self, place: Place, signature: Tensor) -> None:
+        if not place.fits(self.seen, 0):
+            raise GuideError(self._trouble(self.grid, place))
+        other = ~self._own(place, signature)
+        if bool(other.any()):
+            where = other.nonzero()[0].tolist()
+            raise GuideError(
+                f"path site '{place.name}', series {where[-1] if where else 0}: a guide without an encoder knows only "
+                "the series that it was trained on, and these are other data. Use encoder=sd.GRUEncoder(...), or fit a "
+                "new guide."
+            )
 
-def signature_of(batch: object, shape: torch.Size, device: torch.device) -> Tensor:
-    """A checksum per series of what was observed; zero where the data are not a Series."""
-    out = torch.zeros(shape, dtype=torch.float64, device=device)
-    if not isinstance(batch, Series) or not shape or shape[-1] != len(batch):
-        return out
-    weight = torch.arange(1, batch.values[0].numel() + 1, dtype=torch.float64, device=device)
-    flat = (batch.values.double() + 1.0) * batch.mask
-    seen = batch.mask.flatten(1)
-    rank = seen.cumsum(1).clamp(min=1) - 1
-    return out + (flat.flatten(1).to(device) * weight[rank.to(device)] * seen.to(device)).sum(-1)
+    def encoded_numbers(
+        self, encoder: AbstractEncoder, prior: SDEPath, place: Place, run: Run
+    ) -> tuple[Tensor, Tensor]:
+        """The numbers from the encoder (*batch, time, numbers), and where an observation follows (*batch, time).
+
+        Raises:
+            GuideError: if the data are not a `Series`, or the path is not in the plate over its series.
+        """
+        batch = run.args[0] if run.args else None
+        if not isinstance(batch, Series):
+            raise GuideError(
+                f"path site '{place.name}': the encoder needs a Series as the model's first argument, got "
+                f"{type(batch).__name__}. Call model(batch), or use encoder=None."
+            )
+        if not any(frame.dim == -1 and frame.size == len(batch) for frame in place.frames):
+            raise GuideError(
+                f"path site '{place.name}' stands in plates {place.sizes()}, and the encoder gives one encoding for each "
+                f"of {len(batch)} series. Sample it inside batch.plate('series'), or use encoder=None."
+            )
+        if self.head is None:
+            raise GuideError(f"path site '{place.name}': this guide was made without an encoder.")
+        encoding, ahead, valid = align(encoder(batch), batch, prior.ts)
+        encoding, ahead = encoding.to(self.unit), ahead.to(self.unit)
+        dt = torch.nn.functional.pad(prior.ts.diff(dim=-1), (0, 1)).to(ahead).expand(ahead.shape)
+        upstream = run.upstream(place)
+        lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], encoding.shape[:-2])
+        parts = [p.expand(*lead, *p.shape[-2:]) for p in (encoding, torch.stack([ahead, dt], -1))]
+        parts += [v[..., None, :].expand(*lead, encoding.shape[-2], v.shape[-1]) for v in upstream]
+        return self.head(torch.cat(parts, -1)), valid

@@ -45,6 +45,22 @@ class Place:
                 shape[frame.dim] = frame.full_size or frame.size
         return torch.Size(shape)
 
+    def within(self, other: "Place") -> bool:
+        """Whether every plate of this place is around the other one too."""
+        return {frame.name for frame in self.frames} <= {frame.name for frame in other.frames}
+
+    def sizes(self) -> dict[str, int]:
+        """The whole sizes of the plates, by name."""
+        return {frame.name: frame.full_size or frame.size for frame in self.frames}
+
+    def fits(self, table: Tensor, tail: int) -> bool:
+        """Whether a table has a row for every member of the whole plates."""
+        batch = table.shape[: table.dim() - tail]
+        return all(
+            -frame.dim > len(batch) or batch[frame.dim] == (frame.full_size or frame.size)
+            for frame in self.frames
+        )
+
     def _index(self, table: Tensor, tail: int) -> tuple[Tensor, ...] | None:
         """An index for the batch dimensions of a table, None where it is the whole table."""
         ndim = table.dim() - tail

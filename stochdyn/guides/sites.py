@@ -74,14 +74,23 @@ def prior_start(name: str, prior: dist.TorchDistribution, place: Place, draws: i
         )
     u = biject_to(prior.support).inv(prior.sample(torch.Size((draws,))))
     u = u.reshape(draws, *prior.batch_shape, -1).detach()
-    loc, spread = u.median(0).values, u.quantile(0.75, 0) - u.quantile(0.25, 0)
-    scale = (spread / 1.35).clamp(1e-3, 1e3)
+    loc, scale = centre_and_spread(u)
     full = place.table_shape(prior.batch_shape)
     if full != prior.batch_shape:
         lead = tuple(range(len(prior.batch_shape)))
         loc = loc.mean(lead).expand(*full, -1) if lead else loc
         scale = scale.mean(lead).expand(*full, -1) if lead else scale
     return Start(loc.contiguous(), scale.contiguous(), place, full)
+
+
+def centre_and_spread(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and interquartile range / 1.35 over the first dimension; 1 where there is no spread."""
+    n = len(rows)
+    if n == 0:
+        return torch.zeros_like(rows.sum(0)), torch.ones_like(rows.sum(0))
+    ordered = rows.sort(0).values
+    spread = (ordered[(3 * n) // 4 - (n == 1)] - ordered[n // 4]) / 1.35
+    return ordered[n // 2], torch.where((spread > 0) & torch.isfinite(spread), spread, torch.ones_like(spread))
 
 
 class LocalNormal(nn.Module):
@@ -107,7 +116,16 @@ class LocalNormal(nn.Module):
         return cls(like["loc"], like["log_scale"], like.get("lower"))
 
     def posterior(self, prior: dist.TorchDistribution, place: Place) -> LatentNormal:
-        """The posterior for the members of this run."""
+        """The posterior for the members of this run.
+
+        Raises:
+            GuideError: if the plates have other members than those that it holds.
+        """
+        if not place.fits(self.loc, 1):
+            raise GuideError(
+                f"site '{place.name}': the guide holds posteriors for {tuple(self.loc.shape[:-1])} members of the "
+                f"plates, this run has plates {place.sizes()}. Latents of a series are not amortised: fit a new guide."
+            )
         loc, log_scale = place.take(self.loc, 1), place.take(self.log_scale, 1)
         factor = log_scale.exp()
         if self.lower is not None:
@@ -163,6 +181,12 @@ class JointNormal(nn.Module):
     def conditional(self, name: str, before: "Residuals") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """loc and factor given the residuals of the sites before, attached and as the score sees them."""
         part = self.slices[name]
+        if before.count != part.start:
+            raise GuideError(
+                f"site '{name}' comes after {before.count} numbers of latents outside plates, it came after "
+                f"{part.start} when the guide first ran ({', '.join(self.slices)}). A model must have the same latents "
+                "in the same order in every run."
+            )
         L = torch.diag_embed(self.log_scale.exp()) + self.lower.tril(-1)
         rows, known = L[part, : part.start], part.start
         block, loc = L[part, part], self.loc[part]
@@ -195,6 +219,11 @@ class Residuals:
 
     def __init__(self) -> None:
         self.attached, self.scored = torch.empty(0), torch.empty(0)
+
+    @property
+    def count(self) -> int:
+        """How many numbers are recorded."""
+        return self.attached.shape[-1]
 
     def add(self, q: LatentNormal, value: Tensor) -> None:
         """Record a sampled (or replayed) value."""

@@ -96,6 +96,7 @@ class Trainer:
         self.parameters = Parameters({"model": fit.model, "guide": fit.guide})
         self.parameters.collect()
         self._clip = Clip(settings.clip_norm)
+        self._complete = False
         self._failures = 0
 
     def take(self, args: tuple) -> None:
@@ -130,7 +131,7 @@ class Trainer:
         # Adam squares gradients, so the square must be finite; one transfer tells both.
         value, square = torch.stack([loss.detach(), (norm * norm).to(loss)]).tolist()
         if not math.isfinite(value):
-            raise DivergedError(f"step {self.fit.step}: the loss is {value}.")
+            raise DivergedError(f"step {self.fit.step}: the loss is not finite.")
         if not math.isfinite(square):
             raise DivergedError(f"step {self.fit.step}: the norm of the gradient is not finite.")
         self._clip.record(min(limit, math.sqrt(square)))
@@ -140,7 +141,6 @@ class Trainer:
     def _loss(self, args: tuple, weight: float) -> torch.Tensor:
         model = weighted(self.fit.model, weight)
         guide = weighted(self.fit.guide, weight, guide=True)
-        first = self.objective is None
         with pyro.poutine.trace(param_only=True) as capture:
             try:
                 if self.objective is None:
@@ -149,8 +149,9 @@ class Trainer:
             finally:
                 # Also after an error: a parameter that is not finite is the better message.
                 self.parameters.collect(capture.trace)
-        if first:
+        if not self._complete:
             self.parameters.check_complete(loss)
+            self._complete = True
         return loss
 
     def _is_numeric(self, error: BaseException) -> bool:
@@ -232,12 +233,12 @@ def train(
         5
     """
     fit, started = trainer.fit, time.perf_counter()
-    phases = ((scopes.validated, min(steps, VALIDATED_STEPS)), (scopes.unvalidated, steps))
     with scopes.interruptible() as stop, _Bar(steps, fit, progress) as bar:
         try:
-            for scope, last in phases:
-                with scope():
-                    _advance(trainer, stream, last, monitor, bar, stop)
+            with scopes.validated():
+                _advance(trainer, stream, min(steps, VALIDATED_STEPS), monitor, bar, stop)
+            with scopes.unvalidated():
+                _advance(trainer, stream, steps, monitor, bar, stop)
         except KeyboardInterrupt:
             if stop.requested:
                 raise

@@ -138,7 +138,7 @@ class Parameters:
             FitError: There is nothing to train.
 
         Warns:
-            UserWarning: The loss depends on tensors that ask for gradients and are not trained.
+            UserWarning: The loss depends on an `nn.Parameter` that is not trained.
         """
         if not self._tensors:
             raise FitError(
@@ -150,12 +150,14 @@ class Parameters:
                 f"nothing to train: the loss depends on none of the {len(self)} parameters. "
                 "Check for detach(), no_grad or .item() in model and guide."
             )
-        missed = [tuple(leaf.shape) for leaf in _leaves(loss) if id(leaf) not in self._names]
+        # Only nn.Parameters: other leaves may be a distribution's own, made anew in every run.
+        owned = [leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter)]
+        missed = [tuple(leaf.shape) for leaf in owned if id(leaf) not in self._names]
         if missed:
             warnings.warn(
-                f"{len(missed)} tensors with requires_grad=True, of shapes {missed}, enter the loss and are "
-                "not trained: neither model nor guide owns them. Pass the nn.Module itself as model or "
-                "guide, or call pyro.module(name, net) inside the program.",
+                f"{len(missed)} parameters, of shapes {missed}, enter the loss and are not trained: neither "
+                "model nor guide owns them. Pass the nn.Module itself as model or guide, or call "
+                "pyro.module(name, net) inside the program.",
                 stacklevel=2,
             )
 

@@ -11,8 +11,8 @@ class Schedule(Protocol):
     """Any callable from the step (0, 1, 2, ...) to a number.
 
     Example:
-        >>> import stochdyn as sd
-        >>> cycle: sd.Schedule = lambda step: min(1.0, (step % 500) / 250)  # a cyclical KL weight
+        >>> from stochdyn.inference import Schedule
+        >>> cycle: Schedule = lambda step: min(1.0, (step % 500) / 250)  # a cyclical KL weight
         >>> cycle(125)
         0.5
     """

@@ -1,27 +1,45 @@
 """The discretised Markov chain that every path shares: fields, start and grid, laid out time-major."""
 
+import copy
 import math
 
 import torch
 from torch import Tensor
 
-from stochdyn.errors import DivergedError, DtypeError, ShapeError, SupportError, TimeError
-from stochdyn.fields import AbstractDiffusion, Field, check_positive, evaluate, probe
-from stochdyn.paths.noise import AbstractNoise, DiagonalNoise, MatrixNoise, square_factor
+from stochdyn.errors import DiffusionError, DivergedError, DtypeError, FieldError, ShapeError, SupportError
+from stochdyn.fields import AbstractDiffusion, Field, check_diffusion, evaluate, probe
+from stochdyn.paths.checks import (
+    check_resolution,
+    check_times,
+    check_unambiguous,
+    context_by_time,
+    joint_batch,
+)
+from stochdyn.paths.noise import AbstractNoise, DiagonalNoise, MatrixNoise
 from stochdyn.paths.start import AbstractStart, KnownStart
-from stochdyn.solvers import AbstractKernel
+from stochdyn.solvers import AbstractKernel, check_kernel
 
 LOG_2PI = math.log(2 * math.pi)
+
+
+def lift(x: Tensor, ndim: int) -> Tensor:
+    """Insert batch dimensions after time, so that a slice at one time has `ndim` dimensions."""
+    missing = ndim + 1 - x.dim()
+    return x.reshape(x.shape[0], *[1] * missing, *x.shape[1:]) if missing > 0 else x
 
 
 class Chain:
     """z[0] from the start, then `steps` Gaussian steps.
 
     Attributes:
-        batch_shape: broadcast of start, times and fields (found by calling the fields once).
-        state_dim, noise_dim, steps: sizes.
+        batch_shape: broadcast of start, times, context and fields (found by calling the fields once).
+        state_dim, noise_dim, steps: sizes; more noises than states count as many as the states.
         real: (time, *ones or batch) bool; False for zero-length steps, which have no density.
     """
+
+    batch_shape: torch.Size
+    noise_dim: int
+    start: AbstractStart
 
     def __init__(
         self,
@@ -34,54 +52,62 @@ class Chain:
         *,
         validate: bool = True,
     ) -> None:
-        self.drift, self.diffusion, self.solver = drift, diffusion, solver
-        self.ts = _check_times(ts, validate)
+        self.drift, self.diffusion, self.solver = drift, diffusion, check_kernel(solver)
+        self.context, self.validate = context, validate
+        self.ts = check_times(ts, validate)
         self.steps, self.state_dim = self.ts.shape[-1] - 1, start.state_dim
-        self.dtype, self.device = start.centre().dtype, start.centre().device
+        centre = start.centre()
+        self.dtype, self.device = centre.dtype, centre.device
         if validate:
-            _check_resolution(self.ts, self.dtype)
+            check_resolution(self.ts, ts.dtype, self.dtype)
         times = self.ts.to(self.device).movedim(-1, 0)[..., None]
-        self._dt = times.diff(dim=0).to(self.dtype)
-        self._t = times[:-1].to(self.dtype)
-        base = torch.broadcast_shapes(start.batch_shape, self.ts.shape[:-1])
-        self.context = context
-        self._context = _context_by_time(context, self.steps + 1, base)
-        self._probe(start, base, validate)
+        self._t, self._dt = times.to(self.dtype), times.diff(dim=0).to(self.dtype)
         self.real = (self._dt > 0)[..., 0]
+        base = joint_batch(initial=start.batch_shape, ts=self.ts.shape[:-1])
+        self._context = context_by_time(context, self.steps + 1, base)
+        self._probe(start, centre.detach(), base)
 
-    def _probe(self, start: AbstractStart, base: torch.Size, validate: bool) -> None:
-        z = start.centre().detach().expand(*base, self.state_dim)
+    def _probe(self, start: AbstractStart, centre: Tensor, base: torch.Size) -> None:
         context = None if self._context is None else self._context[0]
-        t = self._lift(self._t, z.dim())[0]
+        if context is not None:
+            base = joint_batch(initial_and_ts=base, context=context.shape[:-1])
+        z = centre.expand(*base, self.state_dim)
+        if self.validate and not torch.isfinite(z).all():
+            raise DivergedError(f"`initial` is not finite: {_short(z)}. A path starts at finite numbers.")
+        t = lift(self._t, z.dim())[0]
         batch, noises = probe(self.drift, self.diffusion, t, z, context)
         self.noise_dim = min(noises, self.state_dim)
-        context_batch = () if context is None else context.shape[:-1]
-        self.batch_shape = torch.broadcast_shapes(base, batch, context_batch)
+        self.batch_shape = joint_batch(initial_ts_and_context=base, fields=batch)
+        self._check_context(self.batch_shape)
         self.start = start if start.batch_shape == self.batch_shape else start.expand(self.batch_shape)
-        if validate and self.diffusion.diagonal:
+        if self.validate:
             with torch.no_grad():
-                check_positive(self.diffusion(t, z, context), "at the first time")
+                check_diffusion(self.diffusion, self.diffusion(t, z, context), float(self.ts.flatten()[0]))
+
+    def _check_context(self, batch_shape: torch.Size) -> None:
+        timed = self._context is not None and self._context.shape[0] > 1
+        if timed and self.context is not None and self.context.dim() == 2:
+            check_unambiguous(self.context, self.steps + 1, batch_shape)
 
     def expand(self, batch_shape: torch.Size) -> "Chain":
         """The same chain with a larger batch; the fields broadcast."""
-        new = object.__new__(Chain)
-        new.__dict__.update(self.__dict__)
-        new.batch_shape = torch.Size(batch_shape)
-        new.start = self.start.expand(new.batch_shape)
+        batch_shape = torch.Size(batch_shape)
+        if joint_batch(path=self.batch_shape, wanted=batch_shape) != batch_shape:
+            raise ShapeError(
+                f"A path of batch shape {tuple(self.batch_shape)} does not expand to {tuple(batch_shape)}. "
+                "The plate is smaller than what the path was built from."
+            )
+        self._check_context(batch_shape)
+        new = copy.copy(self)
+        new.batch_shape, new.start = batch_shape, self.start.expand(batch_shape)
         return new
-
-    @staticmethod
-    def _lift(x: Tensor, ndim: int) -> Tensor:
-        """Insert batch dimensions after time, so that a slice at one time has `ndim` dimensions."""
-        missing = ndim + 1 - x.dim()
-        return x.reshape(x.shape[0], *[1] * missing, *x.shape[1:]) if missing > 0 else x
 
     def layout(self, ndim: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """t, dt and context over all steps, for states of `ndim` dimensions (time not counted)."""
-        context = None if self._context is None else self._context
+        context = self._context
         if context is not None:
-            context = self._lift(context.expand(self.steps + 1, *context.shape[1:])[:-1], ndim)
-        return self._lift(self._t, ndim), self._lift(self._dt, ndim), context
+            context = lift(context.expand(self.steps + 1, *context.shape[1:])[:-1], ndim)
+        return lift(self._t[:-1], ndim), lift(self._dt, ndim), context
 
     def step(self, t: Tensor, dt: Tensor, context: Tensor | None, z: Tensor) -> tuple[Tensor, AbstractNoise]:
         """Mean and noise of steps; all arguments at one time, or all time-major."""
@@ -90,7 +116,12 @@ class Chain:
             return evaluate("drift", self.drift, s, x, context)
 
         a, G = self.solver.step(drift, self.diffusion, t, dt, z, context)
-        return a, DiagonalNoise(G) if self.diffusion.diagonal else MatrixNoise(G)
+        return a, self._noise(G)
+
+    def _noise(self, G: Tensor) -> AbstractNoise:
+        if not self.diffusion.diagonal:
+            return MatrixNoise(G)
+        return DiagonalNoise(G if G.shape[-1] == self.state_dim else G.expand(*G.shape[:-1], self.state_dim))
 
     def constant_noise(self, ndim: int) -> AbstractNoise | None:
         """The noise of all steps at once where the diffusion is a constant."""
@@ -98,27 +129,79 @@ class Chain:
             return None
         t, dt, context = self.layout(ndim)
         z = torch.zeros((1,) * ndim, dtype=self.dtype, device=self.device)
-        _, G = self.solver.step(lambda s, x: x, self.diffusion, t, dt, z, context)
-        return DiagonalNoise(G) if self.diffusion.diagonal else MatrixNoise(square_factor(G))
+        return self._noise(self.solver.step(lambda s, x: x, self.diffusion, t, dt, z, context)[1])
+
+    def aligned(self, value: Tensor) -> Tensor:
+        """A path with every batch dimension of the chain, so that time-major fields broadcast.
+
+        Raises:
+            ShapeError: if its time, state or batch size is another.
+        """
+        expected = (self.steps + 1, self.state_dim)
+        if tuple(value.shape[-2:]) != expected:
+            raise ShapeError(
+                f"A value of this path must end in (time={expected[0]}, state={expected[1]}), got "
+                f"{tuple(value.shape)}. It must live on the path's own grid."
+            )
+        batch = value.shape[:-2]
+        if batch[max(len(batch) - len(self.batch_shape), 0) :] == self.batch_shape:
+            return value
+        return value.expand(*joint_batch(value=batch, path=self.batch_shape), *expected)
 
     def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """A path (*, time, state) as time-major states before and after each step."""
-        z = value.movedim(-2, 0)
+        z = self.aligned(value).movedim(-2, 0)
         return z[:-1], z[1:]
 
     def steps_of(self, value: Tensor) -> tuple[Tensor, AbstractNoise, Tensor, Tensor]:
         """Score every step of a path in one call.
 
         Returns:
-            the means a (time, *batch, state), the noise (unit where a step has zero length), the noise coordinates
-            xi (time, *batch, noise), and `real` (time, *batch).
+            the means a (time, *batch, state), the noise (unit where a step has zero length), the noise
+            coordinates xi (time, *batch, noise), and `real` (time, *batch).
+
+        Raises:
+            FieldError, DiffusionError: if a mean or a noise is not finite or zero (while validating).
+            SupportError: if there are fewer noises than states and the value is not where they reach.
         """
         before, after = self.split(value)
         t, dt, context = self.layout(before.dim() - 1)
         a, noise = self.step(t, dt, context, before)
         real = (dt > 0)[..., 0]
+        if self.validate and not torch.isfinite(a).all():
+            where = self._place(~torch.isfinite(a).all(-1))
+            raise FieldError(f"{where}: the drift is not finite at a finite state. Bound it, or its input.")
         safe = noise.safe(real)
-        return a, safe, safe.solve(after - a), real
+        if self.validate and not torch.isfinite(safe.logdet()).all():
+            bad = ~torch.isfinite(safe.logdet())
+            raise DiffusionError(
+                f"{self._place(bad)}: the diffusion is zero or not finite, so the step has no density. Give "
+                "it a floor, e.g. softplus(...) + 1e-3."
+            )
+        xi = safe.solve(after - a)
+        if self.noise_dim < self.state_dim:
+            self.check_reached(after, after - a - safe.apply(xi), real)
+        return a, safe, xi, real
+
+    def check_reached(self, after: Tensor, residual: Tensor, real: Tensor) -> None:
+        """Refuse steps that leave a residual which no noise can make.
+
+        Raises:
+            SupportError: with the first of them.
+        """
+        tolerance = math.sqrt(torch.finfo(self.dtype).eps)
+        off = ((residual.abs() > tolerance * (1 + after.abs())) & real[..., None]).any(-1)
+        if off.any():
+            raise SupportError(
+                f"{self._place(off)}: the step moves a state that no noise reaches by "
+                f"{residual[off].abs().max().item():.2g} from where the drift takes it. With fewer noises "
+                "than states a value comes from this path's own fields."
+            )
+
+    def _place(self, bad: Tensor) -> str:
+        """Where (time, *batch) is first True, in the user's words."""
+        k, *index = bad.nonzero()[0].tolist()
+        return f"series {self._series(index)}, time {self._time(k, index):g} (step {k})"
 
     def log_prob_of(self, noise: AbstractNoise, xi: Tensor, real: Tensor) -> Tensor:
         """The prior's log density of all steps, summed over time."""
@@ -129,103 +212,76 @@ class Chain:
         """Refuse a value that has no density here.
 
         Raises:
-            ShapeError: if its time or state size differs.
+            ShapeError: if its time, state or batch size differs.
+            DtypeError: if its dtype differs.
             DivergedError: if it is not finite.
-            SupportError: if a known start or a zero-length step does not agree with it.
+            SupportError: if it moves in a step of zero length.
         """
-        expected = (self.steps + 1, self.state_dim)
-        if tuple(value.shape[-2:]) != expected:
-            raise ShapeError(
-                f"A value of this path must end in (time={expected[0]}, state={expected[1]}), got "
-                f"{tuple(value.shape)}. It must live on the path's own grid."
-            )
+        value = self.aligned(value)
         if value.dtype != self.dtype:
-            raise DtypeError(f"The path is {self.dtype}, the value {value.dtype}. Convert with .to({self.dtype}).")
+            raise DtypeError(
+                f"The path is {self.dtype}, the value {value.dtype}. Convert with .to({self.dtype})."
+            )
         self.check_finite(value)
-        tolerance = 1e3 * torch.finfo(self.dtype).eps
-        if isinstance(self.start, KnownStart):
-            gap = (value[..., 0, :] - self.start.value).abs()
-            if (gap > tolerance * (1 + self.start.value.abs())).any():
-                raise SupportError(
-                    f"The value starts up to {gap.max().item():g} away from the path's known start. Set its first "
-                    "row to the start, or give `initial` a distribution."
-                )
-        before, after = self.split(value)
-        still = ~self._lift(self.real[..., None], before.dim() - 1)
-        moved = still & ((after - before).abs() > tolerance * (1 + before.abs()))
+        moved = self.moved(value)
         if moved.any():
-            k = int(moved.nonzero()[0, 0])
-            raise SupportError(f"Step {k} has zero length, yet the value moves in it. Repeat the state there.")
+            raise SupportError(
+                f"{self._place(moved)}: the step has zero length, yet the value moves in it. Repeat the "
+                "state there."
+            )
+
+    def check_start(self, value: Tensor) -> None:
+        """Refuse a value that does not begin at a known start.
+
+        Raises:
+            SupportError: with the distance.
+        """
+        if self.starts_elsewhere(value).any():
+            gap = (value[..., 0, :] - self.start.centre()).abs().max().item()
+            raise SupportError(
+                f"The value starts up to {gap:g} away from the path's known start. Set its first row to the "
+                "start, or give `initial` a distribution (NUTS needs that where the start is a latent)."
+            )
+
+    def starts_elsewhere(self, value: Tensor) -> Tensor:
+        """(*batch) whether a path leaves a known start aside; never where the start is random."""
+        if not isinstance(self.start, KnownStart):
+            return torch.zeros(value.shape[:-2], dtype=torch.bool, device=value.device)
+        start = self.start.value.detach()
+        gap = (value[..., 0, :].detach() - start).abs()
+        return ~(gap <= self._tolerance * (1 + start.abs())).all(-1)
+
+    def moved(self, value: Tensor) -> Tensor:
+        """(time, *batch) whether a path moves in a step of zero length."""
+        before, after = self.split(value.detach())
+        still = ~lift(self.real[..., None], before.dim() - 1)
+        return (still & ((after - before).abs() > self._tolerance * (1 + before.abs()))).any(-1)
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e3 * torch.finfo(self.dtype).eps
 
     def check_finite(self, value: Tensor) -> None:
         """Raise DivergedError with the first bad time, the batch index and the last finite state."""
         if torch.isfinite(value).all():
             return
-        bad = ~torch.isfinite(value).all(-1)
-        k = int(bad.flatten(0, -2).any(0).nonzero()[0, 0]) if bad.dim() > 1 else int(bad.nonzero()[0, 0])
-        index = bad[..., k].nonzero()[0].tolist() if bad.dim() > 1 else []
-        ts = self.ts.expand(*self.batch_shape, self.steps + 1) if self.ts.dim() > 1 else self.ts
-        time = ts[(*index[-(ts.dim() - 1) :], k)] if ts.dim() > 1 else ts[k]
-        last = value[(*index, max(k - 1, 0))].tolist()
+        bad = (~torch.isfinite(value).all(-1)).movedim(-1, 0)
+        k, *index = bad.nonzero()[0].tolist()
+        last = value[(*index, max(k - 1, 0))]
         raise DivergedError(
-            f"series {_series(index, self.batch_shape)}, time {float(time):g} (step {k}): the path is not finite; the "
-            f"last state was {[round(x, 4) for x in last]}. Use more substeps, bound the drift, or start nearer."
+            f"series {self._series(index)}, time {self._time(k, index):g} (step {k}): the path is not "
+            f"finite; the last state was {_short(last)}. Use more substeps, bound the drift, or start nearer."
         )
 
+    def _series(self, index: list[int]) -> str:
+        own = index[len(index) - len(self.batch_shape) :] if self.batch_shape else []
+        return str(own[0] if len(own) == 1 else tuple(own)) if own else "0"
 
-def _series(index: list[int], batch_shape: torch.Size) -> str:
-    own = index[len(index) - len(batch_shape) :] if batch_shape else []
-    return str(own[0] if len(own) == 1 else tuple(own)) if own else "0"
-
-
-def _check_times(ts: Tensor, validate: bool) -> Tensor:
-    if not isinstance(ts, Tensor):
-        raise TimeError(f"`ts` must be a tensor (*batch, time), got {type(ts).__name__}. Use TimeGrid(...).ts.")
-    if ts.dim() < 1 or ts.shape[-1] < 1:
-        raise TimeError(f"`ts` must have shape (*batch, time) with at least one time, got {tuple(ts.shape)}.")
-    ts = ts.double()
-    if not validate:
-        return ts
-    if not torch.isfinite(ts).all():
-        k = int((~torch.isfinite(ts)).nonzero()[0, -1])
-        raise TimeError(f"`ts` is not finite at position {k}. Times must be finite numbers.")
-    down = ts.diff(dim=-1) < 0
-    if down.any():
-        where = down.nonzero()[0].tolist()
-        pair = ts[tuple(where)].item(), ts[(*where[:-1], where[-1] + 1)].item()
-        raise TimeError(
-            f"`ts` goes back from {pair[0]:g} to {pair[1]:g} at position {where[-1] + 1}. Sort the times; TimeGrid "
-            "makes a grid from observation times."
-        )
-    return ts
+    def _time(self, k: int, index: list[int]) -> float:
+        batch = self.ts.dim() - 1
+        own = [i if n > 1 else 0 for i, n in zip(index[len(index) - batch :], self.ts.shape, strict=False)]
+        return self.ts[(*own, k)].item() if batch else self.ts[k].item()
 
 
-def _check_resolution(ts: Tensor, dtype: torch.dtype) -> None:
-    gaps = ts.diff(dim=-1)
-    if not (gaps > 0).any():
-        return
-    largest, smallest = ts.abs().max().item(), gaps[gaps > 0].min().item()
-    spacing = torch.finfo(dtype).eps * largest
-    if spacing > smallest / 100:
-        raise TimeError(
-            f"Times up to {largest:g} with steps down to {smallest:g} cannot be told apart in {dtype} (spacing "
-            f"{spacing:.1g}). Subtract the first time and choose a unit in which a step is near 1 (Unix seconds: "
-            "divide by 86400 for days), or use float64."
-        )
-
-
-def _context_by_time(context: Tensor | None, points: int, base: torch.Size) -> Tensor | None:
-    """Context time-major: (time or 1, *batch, context_dim)."""
-    if context is None:
-        return None
-    if context.dim() < 1:
-        raise ShapeError("`context` must have shape (*batch, context_dim) or (*batch, time, context_dim).")
-    timed = context.dim() >= 2 and context.shape[-2] == points
-    if timed and context.dim() == 2 and points == (base[-1] if base else 0):
-        raise ShapeError(
-            f"`context` of shape {tuple(context.shape)} may be (time, context_dim) or (batch, context_dim): there are "
-            f"{points} of both. Write a static one as context[..., None, :]."
-        )
-    if timed or (context.dim() >= 2 and context.shape[-2] == 1 and context.dim() > len(base) + 1):
-        return context.movedim(-2, 0)
-    return context[None]
+def _short(z: Tensor) -> list[float]:
+    return [round(x, 4) for x in z.flatten()[:8].tolist()]

@@ -23,23 +23,24 @@ def particle_evidence(
     particles: int = 1000,
     resample_below: float = 0.5,
 ) -> Tensor:
-    """Log evidence per series: the log of an unbiased estimate, from a particle filter that moves as the path does.
+    """Log evidence per series: the log of an unbiased estimate, by a filter that moves as the path does.
 
-    A plain `SDEPath` gives the bootstrap filter; a guided path the twisted one, whose weights look ahead through the
-    messages: with exact messages a single particle gives the exact answer.
+    A plain `SDEPath` gives the bootstrap filter; a guided path the twisted one, whose weights look ahead
+    through
+    the messages: with exact messages a single particle gives the exact answer.
 
     Args:
         path: prior or guided path, batch_shape (*batch).
-        log_likelihood: `(z, k) -> (particles, *batch)`, the log density of what was observed at grid time k, given
-            states z (particles, *batch, state); None where nothing was.
+        log_likelihood: `(z, k) -> (particles, *batch)`, the log density of what was observed at grid time k,
+            given states z (particles, *batch, state); None where nothing was.
         particles: how many.
-        resample_below: resample a series when its effective sample size falls below this share of the particles.
+        resample_below: resample a series when its effective sample size falls below this share of particles.
 
     Returns:
         (*batch,) estimates of log p(y). exp of it is unbiased, itself it is low by about half its variance.
 
     Raises:
-        FieldError: if `log_likelihood` returns another shape.
+        FieldError: if `log_likelihood` returns another shape, or there are no particles.
 
     References:
         Whiteley & Lee, "Twisted particle filters", Annals of Statistics 2014, https://doi.org/10.1214/13-AOS1167;
@@ -54,12 +55,14 @@ def particle_evidence(
         >>> sd.particle_evidence(path, seen_at_the_end, particles=100).shape
         torch.Size([])
     """
+    if not isinstance(particles, int) or particles < 1:
+        raise FieldError(f"`particles` must be an integer of at least 1, got {particles!r}.")
     guided = path if isinstance(path, GuidedPath) else path.guided()
     chain = guided.chain
     shape = torch.Size((particles,))
     message = None if guided.message is None else guided.message.time_major()
-    z = guided._start_from(_noise(guided, shape, chain.state_dim), shape)
-    log_w = chain.start.log_prob(z) - guided._score_start(z, message)
+    z = guided.start_from(_noise(guided, shape, chain.state_dim), shape, random=True)
+    log_w = chain.start.log_prob(z) - guided.score_start(z, guided.message)
     log_w = log_w.expand(particles, *guided.batch_shape)
     total = torch.zeros(guided.batch_shape, dtype=z.dtype, device=z.device)
     t, dt, context = chain.layout(z.dim())
@@ -82,7 +85,7 @@ def particle_evidence(
         xi = mean + (eps if twist is None else twist.colour(eps))
         log_w = log_w - ahead + 0.5 * (eps.square() - xi.square()).sum(-1)
         log_w = log_w + (0.0 if twist is None else twist.half_logdet())
-        z = a + noise.apply(xi)
+        z, log_w = _kept(a + noise.apply(xi), log_w)
     return total + torch.logsumexp(_finite(log_w), 0) - math.log(particles)
 
 
@@ -107,15 +110,26 @@ def _look_ahead(
 ) -> tuple[AbstractTwist | None, Tensor, Tensor | float]:
     """The twist of a step, the mean of its noise, and the log integral of step times message."""
     if after is None:
-        return None, torch.zeros_like(noise.pull(a)), torch.zeros(a.shape[:-1], dtype=a.dtype, device=a.device)
+        return (
+            None,
+            torch.zeros_like(noise.pull(a)),
+            torch.zeros(a.shape[:-1], dtype=a.dtype, device=a.device),
+        )
     twist = noise.twist(after.precision, after.diagonal)
     v = noise.pull(after.gradient(a))
     mean = twist.smooth(v)
     return twist, mean, after.log_value(a) + 0.5 * (v * mean).sum(-1) + twist.half_logdet()
 
 
+def _kept(z: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    """A particle that left the finite numbers gets weight zero and waits at zero to be resampled."""
+    lost = ~torch.isfinite(z).all(-1)
+    if not lost.any():
+        return z, log_w
+    return z.masked_fill(lost[..., None], 0.0), log_w.masked_fill(lost, -math.inf)
+
+
 def _finite(log_w: Tensor) -> Tensor:
-    """A particle that left the finite numbers gets weight zero."""
     return torch.where(log_w.isnan(), torch.full_like(log_w, -math.inf), log_w)
 
 
@@ -130,7 +144,8 @@ def _resampled(
         return z, total, log_w, carried, None
     n = log_w.shape[0]
     cumulative = w.cumsum(0).movedim(0, -1).contiguous()
-    comb = torch.arange(n, dtype=w.dtype, device=w.device) + torch.rand(*needy.shape, 1, dtype=w.dtype, device=w.device)
+    offset = torch.rand(*needy.shape, 1, dtype=w.dtype, device=w.device)
+    comb = torch.arange(n, dtype=w.dtype, device=w.device) + offset
     index = torch.searchsorted(cumulative, comb / n).clamp(max=n - 1).movedim(-1, 0)
     still = torch.arange(n, device=w.device).reshape(-1, *[1] * needy.dim())
     index = torch.where(needy, index, still)

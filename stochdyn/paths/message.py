@@ -1,27 +1,31 @@
 """Gaussian messages exp(h'z - z'Jz/2) on the states of a path, and the information filter that makes them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from stochdyn.data import TimeGrid
-from stochdyn.errors import ShapeError
-from stochdyn.paths.chain import Chain
+from stochdyn.errors import DataError, ShapeError
+from stochdyn.paths.chain import Chain, lift
 from stochdyn.paths.noise import apply_precision, matvec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Message:
     """A Gaussian factor on every state of a path, in natural parameters.
 
-    The factor on the state at grid time k is exp(h_k'z - z'J_k z/2). Zero is no information. The message at the
-    first time twists the initial state (in its Gaussian base coordinates where `initial` is transformed).
+    The factor on the state at grid time k is exp(h_k'z - z'J_k z/2). Zero is no information. The message at
+    the first time twists the initial state (in its Gaussian base coordinates where `initial` is transformed).
 
     Args:
         information: h, (*batch, time, state); units 1/state.
-        precision: J, (*batch, time, state) where diagonal, else (*batch, time, state, state), symmetric and positive
-            semi-definite; units 1/state^2. For diagonal plus low rank use `Message.low_rank`.
+        precision: J, (*batch, time, state) where diagonal, else (*batch, time, state, state), symmetric and
+            positive semi-definite; units 1/state^2. For diagonal plus low rank use `Message.low_rank`. With
+            as many states as times it is read as diagonal where it has as many dimensions as h.
+
+    Attributes:
+        diagonal: whether the precision is.
 
     Raises:
         ShapeError: if the shapes do not belong together.
@@ -35,22 +39,11 @@ class Message:
 
     information: Tensor
     precision: Tensor
+    diagonal: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        h, J = self.information, self.precision
-        state = h.shape[-1]
-        full = J.dim() >= 3 and J.shape[-1] == J.shape[-2] == state and J.shape[-3] == h.shape[-2]
-        flat = J.shape[-2:] == h.shape[-2:]
-        if full and flat and J.dim() == h.dim():
-            full = False
-        if not (full or flat):
-            raise ShapeError(
-                f"The message's precision must have shape (*batch, time, state) or (*batch, time, state, state) for an "
-                f"information of shape {tuple(h.shape)}, got {tuple(J.shape)}."
-            )
-        object.__setattr__(self, "diagonal", not full)
-
-    diagonal: bool = False
+        diagonal = _is_diagonal("information", self.information, self.precision)
+        object.__setattr__(self, "diagonal", diagonal)
 
     @classmethod
     def at(cls, loc: Tensor, precision: Tensor) -> "Message":
@@ -60,8 +53,7 @@ class Message:
             >>> Message.at(torch.tensor([[2.0]]), torch.tensor([[3.0]])).information
             tensor([[6.]])
         """
-        diagonal = not (precision.dim() > loc.dim() or precision.shape[-2:] != loc.shape[-2:])
-        return cls(apply_precision(precision, loc, diagonal), precision)
+        return cls(apply_precision(precision, loc, _is_diagonal("loc", loc, precision)), precision)
 
     @classmethod
     def low_rank(cls, information: Tensor, diagonal: Tensor, factor: Tensor) -> "Message":
@@ -76,7 +68,12 @@ class Message:
 
     @classmethod
     def observed(
-        cls, grid: TimeGrid, values: Tensor, mask: Tensor, scale: "Tensor | float", matrix: Tensor | None = None
+        cls,
+        grid: TimeGrid,
+        values: Tensor,
+        mask: Tensor,
+        scale: "Tensor | float",
+        matrix: Tensor | None = None,
     ) -> "Message":
         """The likelihood of Gaussian observations y = H z + scale * noise, as a message on the grid.
 
@@ -87,23 +84,23 @@ class Message:
             scale: standard deviation of the observation noise, broadcasts against `values`.
             matrix: H, (channel, state); the identity by default.
 
+        Raises:
+            DataError: if an observed value is not finite or a scale is not positive.
+
         Example:
             >>> import stochdyn as sd
             >>> grid = sd.TimeGrid(torch.tensor([0.0, 1.0]), substeps=2)
             >>> seen = torch.ones(2, 1, dtype=torch.bool)
-            >>> sd.Message.observed(grid, torch.tensor([[1.0], [2.0]]), seen, 0.5).information[..., 0, 0]
+            >>> sd.Message.observed(grid, torch.tensor([[1.0], [2.0]]), seen, 0.5).information[:, 0]
             tensor([4., 0., 8.])
         """
-        w = torch.where(mask, torch.as_tensor(scale).to(values).pow(-2), torch.zeros_like(values))
-        H = torch.eye(values.shape[-1], dtype=values.dtype) if matrix is None else matrix
+        scale = torch.as_tensor(scale, dtype=values.dtype, device=values.device)
+        _check_observed(values, mask, scale)
+        values = torch.where(mask, values, torch.zeros_like(values))
+        w = torch.where(mask, scale.pow(-2), torch.zeros_like(values))
+        H = torch.eye(values.shape[-1]).to(values) if matrix is None else matrix
         h, J = (w * values) @ H, H.mT @ (w[..., None] * H)
-        batch, steps = h.shape[:-2], grid.ts.shape[-1]
-        index = grid.index.expand(*batch, h.shape[-2])[..., None].expand_as(h)
-        h_grid = h.new_zeros(*batch, steps, H.shape[-1]).scatter_add(-2, index, h)
-        J_flat = J.flatten(-2)
-        index = grid.index.expand(*batch, h.shape[-2])[..., None].expand_as(J_flat)
-        J_grid = h.new_zeros(*batch, steps, J_flat.shape[-1]).scatter_add(-2, index, J_flat)
-        return cls(h_grid, J_grid.unflatten(-1, J.shape[-2:]))
+        return cls(_on_grid(grid, h), _on_grid(grid, J.flatten(-2)).unflatten(-1, J.shape[-2:]))
 
     def full(self) -> Tensor:
         """The precision as full matrices."""
@@ -119,7 +116,7 @@ class Message:
 
     def detach(self) -> "Message":
         """The same numbers without their history."""
-        return Message(self.information.detach(), self.precision.detach())
+        return _raw(self.information.detach(), self.precision.detach(), self.diagonal)
 
     def time_major(self) -> "Message":
         """Time moved to the front: information (time, *batch, state)."""
@@ -128,22 +125,54 @@ class Message:
 
     def lifted(self, ndim: int) -> "Message":
         """Of a time-major message: batch dimensions inserted for states of `ndim` dimensions."""
-        extra = ndim - (self.information.dim() - 1)
-        if extra <= 0:
-            return self
-        ones = (1,) * extra
-        h = self.information.reshape(self.information.shape[0], *ones, *self.information.shape[1:])
-        J = self.precision.reshape(self.precision.shape[0], *ones, *self.precision.shape[1:])
+        h, J = lift(self.information, ndim), lift(self.precision, ndim if self.diagonal else ndim + 1)
         return _raw(h, J, self.diagonal)
 
     def __getitem__(self, k: "int | slice") -> "Message":
         return _raw(self.information[k], self.precision[k], self.diagonal)
+
+    def unbind(self) -> "list[Message]":
+        """Of a time-major message: one per time."""
+        pairs = zip(self.information.unbind(0), self.precision.unbind(0), strict=True)
+        return [_raw(h, J, self.diagonal) for h, J in pairs]
 
     @property
     def batch_shape(self) -> torch.Size:
         """The batch of a message that is not time-major."""
         J_batch = self.precision.shape[: -2 if self.diagonal else -3]
         return torch.broadcast_shapes(self.information.shape[:-2], J_batch)
+
+
+def _is_diagonal(name: str, h: Tensor, J: Tensor) -> bool:
+    if h.dim() >= 2 and J.shape[-2:] == h.shape[-2:]:
+        square = J.dim() > h.dim() and h.shape[-1] == h.shape[-2] and J.shape[-3] == h.shape[-2]
+        return not square
+    if h.dim() >= 2 and J.dim() >= 3 and J.shape[-3:] == (*h.shape[-2:], h.shape[-1]):
+        return False
+    raise ShapeError(
+        "The message's precision must have shape (*batch, time, state) or (*batch, time, state, state) and "
+        f"its {name} (*batch, time, state), got {tuple(J.shape)} and {tuple(h.shape)}."
+    )
+
+
+def _check_observed(values: Tensor, mask: Tensor, scale: Tensor) -> None:
+    bad = mask & ~torch.isfinite(values)
+    if bad.any():
+        where = bad.nonzero()[0].tolist()
+        raise DataError(
+            f"`values` at {tuple(where)} is {values.expand(bad.shape)[tuple(where)].item()}. Missing values "
+            "go into `mask`, not into `values`."
+        )
+    if not (scale > 0).all():
+        raise DataError(f"`scale` must be positive, got {scale.min().item():g}. Use softplus with a floor.")
+
+
+def _on_grid(grid: TimeGrid, x: Tensor) -> Tensor:
+    """Rows (*batch, time, n) at the observation times, added into zeros on the grid."""
+    batch = torch.broadcast_shapes(x.shape[:-2], grid.index.shape[:-1])
+    index = grid.index.to(x.device).expand(*batch, x.shape[-2])[..., None].expand(*batch, *x.shape[-2:])
+    zeros = x.new_zeros(*batch, grid.ts.shape[-1], x.shape[-1])
+    return zeros.scatter_add(-2, index, x.expand(index.shape))
 
 
 def _raw(information: Tensor, precision: Tensor, diagonal: bool) -> Message:
@@ -188,22 +217,22 @@ def backward_information(steps: LinearStep, potential: Message) -> Message:
         potential: the log likelihood at every grid time, (*batch, time, ...); one time more than `steps`.
 
     Returns:
-        Messages of full precision: the one at k is the likelihood of everything observed from k on, given the state
-        at k.
+        Messages of full precision: the one at k is the likelihood of everything observed from k on, given the
+        state at k.
 
     References:
         Särkkä & García-Fernández, "Temporal parallelization of Bayesian smoothers", IEEE TAC 2021,
         https://doi.org/10.1109/TAC.2020.2976316
     """
     potential = _raw(potential.information, potential.full(), False).time_major()
-    potential = potential.lifted(steps.b.dim() - 1)
-    shape = torch.broadcast_shapes(potential.information.shape[1:], steps.b.shape[1:])
-    h = potential.information.expand(-1, *shape)
-    J = potential.precision.expand(-1, *shape, shape[-1])
-    last = J[-1:]
-    F = torch.cat([steps.F.expand(steps.F.shape[0], *J.shape[1:]), torch.zeros_like(last)])
-    b = torch.cat([steps.b.expand(steps.b.shape[0], *h.shape[1:]), torch.zeros_like(h[-1:])])
-    Q = torch.cat([steps.Q.expand(steps.Q.shape[0], *J.shape[1:]), torch.zeros_like(last)])
+    n = potential.information.shape[-1]
+    ndim = max(potential.information.dim(), potential.precision.dim() - 1, steps.b.dim()) - 1
+    h, b = lift(potential.information, ndim), lift(steps.b, ndim)
+    J, F, Q = (lift(x, ndim + 1) for x in (potential.precision, steps.F, steps.Q))
+    shape = torch.broadcast_shapes(h.shape[1:], b.shape[1:], J.shape[1:-1])
+    h, J = h.expand(-1, *shape), J.expand(-1, *shape, n)
+    F, Q = (torch.cat([x.expand(-1, *shape, n), torch.zeros_like(J[-1:])]) for x in (F, Q))
+    b = torch.cat([b.expand(-1, *shape), torch.zeros_like(h[-1:])])
     h, J = _suffixes(F, b, Q, h, J)
     return _raw(h.movedim(0, -2), (0.5 * (J + J.mT)).movedim(0, -3), False)
 

@@ -5,6 +5,7 @@ xi ~ N(S G'(h - J a), S) with S = (I + G'JG)^-1, for any shape of G.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from stochdyn.errors import DiffusionError, DivergedError
 
 
 def matvec(A: Tensor, x: Tensor) -> Tensor:
-    """Batched matrix times vector."""
+    """Batched matrix times vector; small matrices without the overhead of a batched product."""
+    if A.shape[-1] <= 8:
+        return (A * x[..., None, :]).sum(-1)
     return (A @ x[..., None])[..., 0]
 
 
@@ -35,7 +38,7 @@ class AbstractNoise(ABC):
 
     @abstractmethod
     def solve(self, residual: Tensor) -> Tensor:
-        """The xi with G xi = residual, in the least-squares sense where there are fewer noises than states."""
+        """The xi with G xi = residual; with fewer noises than states the least-squares one."""
 
     @abstractmethod
     def logdet(self) -> Tensor:
@@ -87,7 +90,8 @@ class DiagonalNoise(AbstractNoise):
     def apply(self, xi: Tensor) -> Tensor:
         return self.scale * xi
 
-    pull = apply
+    def pull(self, v: Tensor) -> Tensor:
+        return self.scale * v
 
     def solve(self, residual: Tensor) -> Tensor:
         return residual / self.scale
@@ -192,10 +196,16 @@ class FullTwist(AbstractTwist):
 
 
 def square_factor(G: Tensor) -> Tensor:
-    """An equivalent square factor where there are more noises than states, else G itself."""
+    """An equivalent square factor where there are more noises than states, else G itself.
+
+    A step of zero length, G = 0, keeps a factor of 0.
+    """
     if G.shape[-1] <= G.shape[-2]:
         return G
-    return _guard(lambda: torch.linalg.cholesky(G @ G.mT))
+    still = (G == 0).all(-1).all(-1)[..., None, None]
+    unit = torch.eye(G.shape[-2], dtype=G.dtype, device=G.device)
+    C = _guard(lambda: torch.linalg.cholesky(torch.where(still, unit, G @ G.mT)))
+    return torch.where(still, torch.zeros_like(C), C)
 
 
 def _full_twist(congruence: Tensor) -> AbstractTwist:
@@ -204,16 +214,17 @@ def _full_twist(congruence: Tensor) -> AbstractTwist:
         return FullTwist(torch.linalg.cholesky(congruence + unit))
     except torch.linalg.LinAlgError as error:
         raise DivergedError(
-            f"A guided step's precision I + G'JG is not positive definite ({error}). The message's precision J must "
-            "be positive semi-definite and finite; a smaller learning rate helps if it left the finite numbers."
+            f"A guided step's precision I + G'JG is not positive definite ({error}). The message's precision "
+            "J must be positive semi-definite and finite; a smaller learning rate helps if it left the "
+            "finite numbers."
         ) from error
 
 
-def _guard(compute):  # noqa: ANN001, ANN202
+def _guard(compute: Callable[[], Tensor]) -> Tensor:
     try:
         return compute()
     except torch.linalg.LinAlgError as error:
         raise DiffusionError(
-            f"The diffusion matrix is singular ({error}). Give it as (..., state, noise) with as many columns as "
-            "there are independent noises, linearly independent."
+            f"The diffusion matrix is singular ({error}). Give it as (..., state, noise) with as many "
+            "columns as there are independent noises, linearly independent."
         ) from error

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence, register_kl
 
+from stochdyn.errors import SupportError
 from stochdyn.fields import AbstractDiffusion, Field, as_diffusion
 from stochdyn.paths.chain import Chain
-from stochdyn.paths.guided import Control, GuidedPath
+from stochdyn.paths.guided import Control, GuidedPath, fitting, start_has_rsample
 from stochdyn.paths.message import Message, backward_information, linearise
 from stochdyn.paths.start import RandomStart, as_start
 from stochdyn.paths.support import path_support
@@ -17,26 +18,30 @@ from stochdyn.solvers import AbstractKernel, EulerMaruyama
 class SDEPath(dist.TorchDistribution):
     """The path of dz = f(t, z) dt + g(t, z) dW on a grid, as a distribution over whole trajectories.
 
-    The value is the discretised Markov chain at the grid times, the initial state included: its density is exact, one
-    vectorised call of the fields. An Itô SDE.
+    The value is the discretised Markov chain at the grid times, the initial state included: its density is
+    exact, one vectorised call of the fields. An Itô SDE.
 
     Args:
         drift: f, `(t, z[, context])` -> shape of z; units state per time. Write parameters of batch shape as
             theta[..., None] against z.
-        diffusion: g, a tensor or callable of z's shape (diagonal noise), or `MatrixDiffusion`; units state per square
-            root of time.
-        initial: a distribution with event_shape (state,), or a tensor (*batch, state): a known start, no density.
+        diffusion: g, a tensor or callable of z's shape (diagonal noise), or `MatrixDiffusion`; units state
+            per square root of time.
+        initial: a distribution with event_shape (state,), or a tensor (*batch, state) or a Delta: a known
+            start, without density.
         ts: the grid (*batch, time), float64; non-decreasing. Steps of zero length (padding) have no density.
         solver: the kernel; `GaussianStep(mean=Heun())` for mechanistic models.
-        context: (*batch, context_dim), or (*batch, time, context_dim): the row at a step's start is used in it.
+        context: (*batch, context_dim), or (*batch, time, context_dim): the row at a step's start is used in
+            it.
 
     Shapes:
-        batch_shape: broadcast of initial, ts, context and of what the fields return. event_shape: (time, state).
+        batch_shape: broadcast of initial, ts, context and of what the fields return. event_shape: (time,
+            state).
 
     Raises:
-        FieldError, ShapeError, DtypeError: at once, from calling each field once.
+        FieldError, DiffusionError, ShapeError, DtypeError: at once, from calling each field once.
         TimeError: if the grid goes back, is not finite, or too fine for the dtype.
         DivergedError: if a sample leaves the finite numbers (while validation is on).
+        SupportError: if the density is asked of a value that cannot come from this path.
 
     Example:
         >>> import pyro, pyro.distributions as dist, stochdyn as sd
@@ -70,6 +75,7 @@ class SDEPath(dist.TorchDistribution):
         )
         event_shape = torch.Size((self.chain.steps + 1, self.chain.state_dim))
         self._drawn: Tensor | None = None
+        self.has_rsample = start_has_rsample(self.chain)
         super().__init__(self.chain.batch_shape, event_shape, validate_args=validate_args)
 
     @property
@@ -98,6 +104,8 @@ class SDEPath(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+        value = self.chain.aligned(value)
+        self.chain.check_start(value)
         _, noise, xi, real = self.chain.steps_of(value)
         return self.chain.start.log_prob(value[..., 0, :]) + self.chain.log_prob_of(noise, xi, real)
 
@@ -111,14 +119,18 @@ class SDEPath(dist.TorchDistribution):
         """The same path, twisted: what a guide samples.
 
         Args:
-            message: a `Message`, or (loc, precision) with loc (*batch, time, state) and precision (*batch, time,
-                state) or (*batch, time, state, state). Precision 0 is no message.
+            message: a `Message`, or (loc, precision) with loc (*batch, time, state) and precision (*batch,
+                time, state) or (*batch, time, state, state). Precision 0 is no message.
             control: `(t, z[, context]) -> (..., noise)`, a drift in noise units added to every step.
             score_message: see `GuidedPath`.
 
+        Raises:
+            GuideError, ShapeError, FieldError: if message or control do not fit this path.
+
         Example:
             >>> import stochdyn as sd
-            >>> path = sd.SDEPath(lambda t, z: -z, torch.tensor([0.5]), torch.zeros(1), torch.linspace(0, 1, 11))
+            >>> path = sd.SDEPath(lambda t, z: -z, torch.tensor([0.5]), torch.zeros(1), torch.linspace(0, 1,
+            11))
             >>> guided = path.guided(control=lambda t, z: torch.ones_like(z))
             >>> z = guided.rsample()
             >>> bool((guided.log_prob(z) != path.log_prob(z)).all())
@@ -134,16 +146,23 @@ class SDEPath(dist.TorchDistribution):
 def _kl_paths(q: "GuidedPath | SDEPath", p: SDEPath) -> Tensor:
     """Sum over steps of the Gaussian KL of the two transitions, along the path that q drew last.
 
-    An unbiased estimate of the path's KL with less noise than the log ratio. NotImplementedError (where nothing was
-    drawn) makes Pyro's TraceMeanField_ELBO fall back on the log ratio.
+    An unbiased estimate of the path's KL with less noise than the log ratio. NotImplementedError (where
+    nothing was drawn) makes Pyro's TraceMeanField_ELBO fall back on the log ratio.
     """
     value = q._drawn
     if value is None:
         raise NotImplementedError("The path KL is estimated along a drawn path: call rsample first.")
     guided = q if isinstance(q, GuidedPath) else q.guided()
+    _check_comparable(guided, p, value)
     a, noise, mean, twist, real = guided.moments(value)
-    a_p, noise_p, _, _ = p.chain.steps_of(value)
-    shift = noise_p.solve(a + noise.apply(mean) - a_p)
+    before, after = p.chain.split(value)
+    t, dt, context = p.chain.layout(before.dim() - 1)
+    a_p, noise_p = p.chain.step(t, dt, context, before)
+    noise_p = noise_p.safe(real)
+    gap = a + noise.apply(mean) - a_p
+    shift = noise_p.solve(gap)
+    if p.chain.noise_dim < p.chain.state_dim:
+        p.chain.check_reached(after, gap - noise_p.apply(shift), real)
     columns = []
     for m in range(mean.shape[-1]):
         unit = torch.zeros_like(mean)
@@ -155,17 +174,32 @@ def _kl_paths(q: "GuidedPath | SDEPath", p: SDEPath) -> Tensor:
     return _kl_start(guided, p, value) + torch.where(real, kl, torch.zeros_like(kl)).sum(0)
 
 
+def _check_comparable(q: GuidedPath, p: SDEPath, value: Tensor) -> None:
+    """Two paths on other grids, or with other kinds of start, have no density ratio."""
+    if q.chain.ts.shape[-1] != p.chain.ts.shape[-1] or not torch.equal(*torch.broadcast_tensors(q.ts, p.ts)):
+        raise SupportError(
+            "The KL of two paths on different grids is not defined. Build both on one TimeGrid."
+        )
+    if q.chain.noise_dim != p.chain.noise_dim:
+        raise SupportError(
+            f"The KL of paths with {q.chain.noise_dim} and {p.chain.noise_dim} independent noises is "
+            "infinite."
+        )
+    if isinstance(p.chain.start, RandomStart) != isinstance(q.chain.start, RandomStart):
+        raise SupportError("The KL of a path with a known start and one with a random start is infinite.")
+    p.chain.check_start(value)
+
+
 def _kl_start(q: GuidedPath, p: SDEPath, value: Tensor) -> Tensor:
     z0, start = value[..., 0, :], q.chain.start
-    if not isinstance(start, RandomStart):
+    if not isinstance(start, RandomStart) or not isinstance(p.chain.start, RandomStart):
         return z0.new_zeros(z0.shape[:-1])
-    message = None if q.message is None else q.message.time_major().lifted(z0.dim())
-    if message is None:
+    if q.message is None:
         try:
             return kl_divergence(start.prior, p.chain.start.prior)
         except NotImplementedError:
-            return q._score_start(z0, None) - p.chain.start.log_prob(z0)
-    return q._score_start(z0, message) - p.chain.start.log_prob(z0)
+            pass
+    return q.score_start(z0, q.message) - p.chain.start.log_prob(z0)
 
 
 def information_filter(path: SDEPath, potential: Message, around: Tensor | None = None) -> Message:
@@ -181,6 +215,10 @@ def information_filter(path: SDEPath, potential: Message, around: Tensor | None 
     Returns:
         A `Message` with full precision on the path's grid.
 
+    Raises:
+        GuideError: if the potential is on another grid.
+        DivergedError: if the path to linearise around is not finite.
+
     References:
         Särkkä & García-Fernández, "Temporal parallelization of Bayesian smoothers", IEEE TAC 2021,
         https://doi.org/10.1109/TAC.2020.2976316
@@ -195,7 +233,10 @@ def information_filter(path: SDEPath, potential: Message, around: Tensor | None 
         torch.Size([6, 1, 1])
     """
     chain = path.chain
+    fitting(potential, chain)
     if around is None:
         zeros = torch.zeros(chain.steps + 1, *chain.batch_shape, chain.state_dim, dtype=chain.dtype)
         around = path.guided().transport(zeros.to(chain.device))
+    if chain.validate:
+        chain.check_finite(chain.aligned(around))
     return backward_information(linearise(chain, around), potential)

@@ -1,4 +1,4 @@
-"""The initial state as a step of its own: z0 = T(a + G e), e ~ N(0, I), so that a message twists it like any step."""
+"""The initial state as a step of its own, z0 = T(a + G e) with e ~ N(0, I): a message twists it like any."""
 
 from abc import ABC, abstractmethod
 
@@ -58,21 +58,25 @@ class KnownStart(AbstractStart):
 class RandomStart(AbstractStart):
     """A distribution over vectors, with the Gaussian base in which a message twists it.
 
-    A Normal or MultivariateNormal, possibly under transforms (LogNormal), is its own base and the twist is exact
-    there. Any other distribution is twisted in its unconstrained space with a standard normal as base; its density
-    stays its own.
+    A Normal or MultivariateNormal, possibly under transforms (LogNormal), is its own base and the twist is
+    exact there. Any other distribution is twisted in its unconstrained space with a standard normal as base;
+    its density, and its draws where there is no message, stay its own.
+
+    Attributes:
+        gaussian: whether the prior is its own base.
     """
 
     def __init__(self, prior: dist.TorchDistribution) -> None:
         self.prior = prior
         self.batch_shape, self.state_dim = prior.batch_shape, prior.event_shape[-1]
-        self.loc, self.noise, self.transform = _gaussian_base(prior)
+        self.gaussian, self.loc, self.noise, self.transform = _gaussian_base(prior)
 
     def expand(self, batch_shape: torch.Size) -> "RandomStart":
         return RandomStart(self.prior.expand(batch_shape))
 
     def sample(self, sample_shape: torch.Size) -> Tensor:
-        return self.prior.rsample(sample_shape)
+        draw = self.prior.rsample if self.prior.has_rsample else self.prior.sample
+        return draw(sample_shape)
 
     def log_prob(self, z0: Tensor) -> Tensor:
         return self.prior.log_prob(z0)
@@ -98,38 +102,69 @@ def as_start(initial: "dist.TorchDistribution | Tensor") -> AbstractStart:
 
     Raises:
         ShapeError: if it is not over vectors.
-        FieldError: if it is neither a distribution nor a tensor.
+        FieldError: if it is neither a distribution over real vectors nor a tensor.
     """
     if isinstance(initial, Tensor):
         if initial.dim() < 1:
-            raise ShapeError("`initial` must have shape (*batch, state), got a number. Write torch.tensor([x0]).")
+            raise ShapeError(
+                "`initial` must have shape (*batch, state), got a number. Write torch.tensor([x0])."
+            )
         if not initial.is_floating_point():
-            raise FieldError(f"`initial` must be floating point, got {initial.dtype}. Write initial.double().")
+            raise FieldError(
+                f"`initial` must be floating point, got {initial.dtype}. Write initial.double()."
+            )
         return KnownStart(initial)
     if not isinstance(initial, torch.distributions.Distribution):
         raise FieldError(f"`initial` must be a distribution or a tensor, got {type(initial).__name__}.")
     if len(initial.event_shape) != 1:
         raise ShapeError(
-            f"`initial` must have event_shape (state,), got batch_shape {tuple(initial.batch_shape)} and event_shape "
-            f"{tuple(initial.event_shape)}. Add .to_event(1) to a Normal over the state."
+            f"`initial` must have event_shape (state,), got batch_shape {tuple(initial.batch_shape)} and "
+            f"event_shape {tuple(initial.event_shape)}. Add .to_event(1) to a Normal over the state."
         )
+    if isinstance(initial, Independent) and isinstance(initial.base_dist, dist.Delta):
+        return KnownStart(initial.base_dist.v)
+    if isinstance(initial, dist.Delta):
+        return KnownStart(initial.v)
     return RandomStart(initial)
 
 
-def _gaussian_base(prior: torch.distributions.Distribution) -> tuple[Tensor, AbstractNoise, Transform | None]:
+def _gaussian_base(
+    prior: torch.distributions.Distribution,
+) -> tuple[bool, Tensor, AbstractNoise, Transform | None]:
     core, transforms = _unwrap(prior)
     shape = (*prior.batch_shape, *prior.event_shape)
+    if (core.batch_shape + core.event_shape)[-1:] != shape[-1:]:
+        return _reference_base(prior, torch.Size(shape))
     if isinstance(core, torch.distributions.Normal):
         loc, noise = core.loc.expand(shape), DiagonalNoise(core.scale.expand(shape))
     elif isinstance(core, torch.distributions.MultivariateNormal):
         loc, noise = core.loc.expand(shape), MatrixNoise(core.scale_tril.expand(*shape, shape[-1]))
     else:
-        example = prior.sample()
-        return torch.zeros_like(example), DiagonalNoise(torch.ones_like(example)), biject_to(prior.support)
-    return loc, noise, ComposeTransform(transforms) if transforms else None
+        return _reference_base(prior, torch.Size(shape))
+    return True, loc, noise, ComposeTransform(transforms) if transforms else None
 
 
-def _unwrap(prior: torch.distributions.Distribution) -> tuple[torch.distributions.Distribution, list[Transform]]:
+def _reference_base(
+    prior: torch.distributions.Distribution, shape: torch.Size
+) -> tuple[bool, Tensor, AbstractNoise, Transform]:
+    like = prior.sample(torch.Size((0,)))
+    try:
+        transform = biject_to(prior.support)
+        same = transform.inverse_shape(shape) == shape and like.is_floating_point()
+    except NotImplementedError:
+        same = False
+    if not same:
+        raise FieldError(
+            f"`initial` is {type(prior).__name__} with support {prior.support}; a path needs a start with "
+            "one free real number per state. Use a continuous distribution, or a tensor for a known start."
+        )
+    zeros = like.new_zeros(shape)
+    return False, zeros, DiagonalNoise(torch.ones_like(zeros)), transform
+
+
+def _unwrap(
+    prior: torch.distributions.Distribution,
+) -> tuple[torch.distributions.Distribution, list[Transform]]:
     """Strip Independent and Transformed wrappers; transforms are returned in the order they are applied."""
     transforms: list[Transform] = []
     while True:

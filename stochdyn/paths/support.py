@@ -1,11 +1,11 @@
-"""The support of a path, and the bijection from an unconstrained vector on to it (for NUTS and automatic guides)."""
+"""The support of a path, and the bijection from an unconstrained vector on to it (NUTS, automatic guides)."""
 
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
 
-from stochdyn.paths.chain import Chain
+from stochdyn.paths.chain import LOG_2PI, Chain, lift
 from stochdyn.paths.start import RandomStart
 
 
@@ -18,7 +18,9 @@ class PathSupport(constraints.Constraint):
         self.chain = chain
 
     def check(self, value: Tensor) -> Tensor:
-        return torch.isfinite(value).all(-1).all(-1)
+        value = self.chain.aligned(value)
+        finite = torch.isfinite(value).all(-1).all(-1)
+        return finite & ~self.chain.starts_elsewhere(value) & ~self.chain.moved(value).any(0)
 
 
 def path_support(chain: Chain) -> constraints.Constraint:
@@ -29,17 +31,19 @@ def path_support(chain: Chain) -> constraints.Constraint:
 class PathTransform(Transform):
     """An unconstrained vector (free,) to a path (time, state).
 
-    Full-rank noise: the free numbers are the initial state (unless it is known), unconstrained, and the states
-    themselves, so that a density costs one vectorised call. Fewer noises than states: they are the noise coordinates.
-    A step of zero length has no freedom; the numbers that would be its own get a standard normal density of their own
-    (they are drawn and ignored), which keeps a batch rectangular without flat directions.
+    Full-rank noise: the free numbers are the initial state (unless it is known), unconstrained, and the
+    states themselves, so that a density costs one vectorised call. Fewer noises than states: they are the
+    noise coordinates, and the log determinant is of the volume that the noise spans.
+    A step of zero length has no freedom; the numbers that would be its own get a standard normal density of
+    their own (they are drawn and ignored, and 0 in the inverse), which keeps a batch rectangular without flat
+    directions.
     """
 
     bijective = True
     domain = constraints.real_vector
 
-    def __init__(self, chain: Chain) -> None:
-        super().__init__(cache_size=1)
+    def __init__(self, chain: Chain, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
         self.chain = chain
         self.tall = chain.noise_dim < chain.state_dim
         self.start_free = chain.state_dim if isinstance(chain.start, RandomStart) else 0
@@ -52,6 +56,9 @@ class PathTransform(Transform):
 
     def __hash__(self) -> int:
         return id(self.chain)
+
+    def with_cache(self, cache_size: int = 1) -> "PathTransform":
+        return self if cache_size == self._cache_size else PathTransform(self.chain, cache_size)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return torch.Size((*shape[:-1], self.chain.steps + 1, self.chain.state_dim))
@@ -83,7 +90,7 @@ class PathTransform(Transform):
         return states.movedim(0, -2)
 
     def _real(self, batch_ndim: int) -> Tensor:
-        return self.chain._lift(self.chain.real[..., None], batch_ndim + 1)[..., 0]
+        return lift(self.chain.real[..., None], batch_ndim + 1)[..., 0]
 
     def _simulated(self, z: Tensor, xi: Tensor) -> Tensor:
         t, dt, context = self.chain.layout(z.dim())
@@ -95,9 +102,12 @@ class PathTransform(Transform):
         return torch.stack(states, -2)
 
     def _inverse(self, y: Tensor) -> Tensor:
+        y = self.chain.aligned(y)
         first = self.start_transform.inv(y[..., 0, :]) if self.start_free else y[..., 0, :0]
         rows = self.chain.steps_of(y)[2] if self.tall else self.chain.split(y)[1]
-        return torch.cat([first, rows.movedim(0, -2).flatten(-2)], -1)
+        real = self._real(y.dim() - 2)[..., None]
+        rows = torch.where(real, rows, torch.zeros_like(rows)).movedim(0, -2).flatten(-2)
+        return torch.cat([first, rows], -1)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         first, rows = self._parts(x)
@@ -107,7 +117,7 @@ class PathTransform(Transform):
             ladj = self.start_transform.log_abs_det_jacobian(first, y[..., 0, :])
             total = total + (ladj.sum(-1) if ladj.dim() == first.dim() else ladj)
         real = self._real(len(batch))
-        idle = -0.5 * (rows.square() + torch.log(torch.tensor(2 * torch.pi))).sum(-1)
+        idle = -0.5 * (rows.square() + LOG_2PI).sum(-1)
         volume = self.chain.steps_of(y)[1].logdet() if self.tall else torch.zeros_like(idle)
         return total + torch.where(real, volume, idle).sum(0)
 

@@ -92,6 +92,7 @@ def test_substeps_are_rectangular_and_shared_times_stay_shared():
     assert grid.index.tolist() == [0, 2, 4]
     assert sd.TimeGrid([0, 1]).steps == 5
     assert sd.TimeGrid([0.0, 0.3], dt=0.1).steps == 3
+    assert sd.TimeGrid([0.1, 0.4], dt=0.1).steps == 3  # 0.4 - 0.1 is a little more than 0.3
     assert sd.TimeGrid(torch.zeros(2, 3, 1), dt=0.1).ts.shape == (2, 3, 1)
 
 

@@ -81,10 +81,10 @@ class LazyGuide(nn.Module):
         Guide.forward(self, batch)
 
 
-# With 16 particles the spread over seeds is .025 posterior sd for the mean and 2 % for the sd: the tolerances
-# of .1 below are four and five standard errors.
+# With 16 particles the standard error over seeds is .04 posterior sd for the mean and 2 % for the sd: the
+# tolerances of .2 and .1 below are five of them.
 def fitted(guide, data=SERIES, **options):
-    settings = {"steps": 300, "lr": 0.1, "objective": ELBO(particles=16), "progress": False} | options
+    settings = {"steps": 200, "lr": 0.1, "objective": ELBO(particles=16), "progress": False} | options
     return fit(model, guide, data, **settings)
 
 
@@ -99,12 +99,12 @@ def test_every_kind_of_guide_reaches_the_exact_posterior(guide):
     start = location(guide) if isinstance(guide, Guide) else (0.0, 1.0)
     result = fitted(guide)
     loc, scale = location(getattr(guide, "__self__", guide))
-    assert abs(loc - MEAN) < 0.1 * POSTERIOR_SD
+    assert abs(loc - MEAN) < 0.2 * POSTERIOR_SD
     assert abs(scale / POSTERIOR_SD - 1) < 0.1
     assert abs(start[0] - MEAN) > 5 * POSTERIOR_SD  # negative control: it had somewhere to go
     assert EVIDENCE - 0.05 < result.elbo < EVIDENCE + 0.01
     assert result.elbo_per_series == result.elbo / NUMBER
-    assert (result.step, len(result.losses), result.skipped) == (300, 300, 0)
+    assert (result.step, len(result.losses), result.skipped) == (200, 200, 0)
 
 
 def test_automatic_guide_and_learned_model():
@@ -130,7 +130,7 @@ def test_automatic_guide_and_learned_model():
 def test_mini_batches_reach_the_exact_posterior():
     runs = [Guide(1.0, -1.0) for _ in range(4)]
     for seed, guide in enumerate(runs):
-        fitted(guide, batch_size=12, steps=150, seed=seed, lr=0.05)
+        fitted(guide, batch_size=12, steps=120, seed=seed, lr=0.05)
     locs = torch.stack([guide.loc.detach() for guide in runs])
     error = locs.std() / 2
     assert abs(locs.mean() - MEAN) < 4 * error
@@ -164,7 +164,8 @@ def test_tensors_and_tuples_are_arguments():
     x = torch.linspace(-1, 1, 24, dtype=torch.float64)
     y = 2 * x
     result = fit(of_two, guide, (x, y), batch_size=12, steps=200, lr=0.1, progress=False)
-    assert abs(guide.loc.item() - ((x * y).sum() / SD**2 / (1 + (x * x).sum() / SD**2)).item()) < 0.06
+    precision = 1 + (x @ x).item() / SD**2
+    assert abs(guide.loc.item() - (x @ y).item() / SD**2 / precision) < 0.4 * precision**-0.5
     assert result.population is None
     assert result.elbo_per_series == result.elbo
 
@@ -194,10 +195,10 @@ def test_kl_weight_zero_finds_the_maximum_likelihood():
 
 def test_kl_warm_up_ends_at_the_same_posterior():
     guide = Guide()
-    result = fitted(guide, kl_weight=Linear(0.0, 1.0, 100))
-    assert result.kl_weights[:2] == [0.0, 0.01]
+    result = fitted(guide, kl_weight=Linear(0.0, 1.0, 50))
+    assert result.kl_weights[:2] == [0.0, 0.02]
     assert result.kl_weights[-1] == 1.0
-    assert abs(guide.loc.item() - MEAN) < 0.1 * POSTERIOR_SD
+    assert abs(guide.loc.item() - MEAN) < 0.2 * POSTERIOR_SD
     assert EVIDENCE - 0.05 < result.elbo < EVIDENCE + 0.01
 
 
@@ -222,7 +223,7 @@ def test_without_a_seed_two_fits_differ():
 
 def test_five_percent_of_nan_gradients():
     guide = Guide()
-    bad, calls = set(range(7, 300, 20)), []
+    bad, calls = set(range(7, 200, 20)), []
 
     def poison(gradient):
         calls.append(1)
@@ -230,10 +231,10 @@ def test_five_percent_of_nan_gradients():
 
     guide.loc.register_hook(poison)
     result = fitted(guide)
-    assert result.skipped == len(bad) == 15
-    assert (result.step, len(result.losses)) == (300, 285)
+    assert result.skipped == len(bad) == 10
+    assert (result.step, len(result.losses)) == (200, 190)
     assert all(math.isfinite(loss) for loss in result.losses)
-    assert abs(guide.loc.item() - MEAN) < 0.1 * POSTERIOR_SD
+    assert abs(guide.loc.item() - MEAN) < 0.2 * POSTERIOR_SD
     assert abs(guide.log_scale.exp().item() / POSTERIOR_SD - 1) < 0.1
 
 

@@ -121,6 +121,19 @@ def test_other_errors_are_not_swallowed(error):
     assert trainer.fit.step == 3
 
 
+def test_nothing_to_train_is_found_at_the_first_step_that_works():
+    def model(y, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 1:
+            raise DivergedError("the first run")
+        pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=y[0])
+
+    trainer = trainer_of(model)
+    with pytest.raises(FitError, match="nothing to train"):
+        run(trainer, 3)
+    assert trainer.fit.skipped == 1
+
+
 def test_patience_counts_in_a_row():
     nine = Model(lambda call: float("nan") if call % 10 else None)
     assert run(trainer_of(nine), 40).skipped == 36

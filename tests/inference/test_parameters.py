@@ -114,8 +114,9 @@ def test_untrained_leaves_are_named():
     net = nn.Linear(1, 1)
     parameters = Parameters({"model": nn.Linear(1, 1)})
     parameters.collect()
-    with pytest.warns(UserWarning, match=r"2 tensors .* not trained.*pyro\.module"):
+    with pytest.warns(UserWarning, match=r"2 parameters.* not trained.*pyro\.module"):
         parameters.check_complete(net(torch.zeros(1, 1)).sum())
+    parameters.check_complete(torch.zeros(1, requires_grad=True).sum())  # a leaf of a distribution's own
 
 
 def test_nothing_to_train():
