@@ -1,7 +1,10 @@
 """Probabilistic models of stochastic and jump dynamics in Pyro: a path is one sample site."""
 
+from typing import TYPE_CHECKING, Any
+
+import stochdyn.diagnostics as _diagnostics
 from stochdyn.data import Series, TimeGrid, datasets
-from stochdyn.diagnostics import pareto_k, plot_forecast, plot_losses, plot_phase, summarise, to_arviz
+from stochdyn.diagnostics import pareto_k, plot_forecast, plot_losses, plot_phase, summarise
 from stochdyn.encoders import AbstractEncoder, GRUEncoder
 from stochdyn.errors import (
     DataError,
@@ -33,3 +36,19 @@ from stochdyn.inference import (
 )
 from stochdyn.paths import GuidedPath, Message, SDEPath, information_filter, particle_evidence
 from stochdyn.solvers import EulerMaruyama, GaussianStep, Heun, RungeKutta4
+
+if TYPE_CHECKING:
+    from stochdyn.diagnostics import to_arviz
+
+_LAZY = ("to_arviz",)
+
+
+def __getattr__(name: str) -> Any:
+    """Load ArviZ, which takes seconds, at the first use only."""
+    if name in _LAZY:
+        return getattr(_diagnostics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

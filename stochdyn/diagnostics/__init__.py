@@ -1,9 +1,16 @@
 """What a fit is worth: importance weights, trees for ArviZ, plots."""
 
-from stochdyn.diagnostics.arviz import to_arviz, to_inference_data
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
 from stochdyn.diagnostics.tree import Variable, build_tree
+
+if TYPE_CHECKING:
+    from stochdyn.diagnostics.arviz import to_arviz, to_inference_data
+
+_LAZY = ("to_arviz", "to_inference_data")
 
 __all__ = [
     "ParetoK",
@@ -20,3 +27,14 @@ __all__ = [
     "to_arviz",
     "to_inference_data",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load ArviZ, which takes seconds, at the first use only."""
+    if name in _LAZY:
+        return getattr(import_module("stochdyn.diagnostics.arviz"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -21,11 +21,11 @@ def tensor(*x):
     return torch.tensor(x, dtype=F64)
 
 
-def ou(dt=None, substeps=None, sigma=SIGMA, times=problems.OU_TIMES):
-    grid = sd.TimeGrid(times, substeps, dt=dt)
+def ou(dt=None, substeps=None, sigma=SIGMA, times=problems.OU_TIMES, start=None):
+    grid = sd.TimeGrid(times, substeps, dt=dt, start=start)
     sigma = torch.as_tensor(sigma, dtype=F64)
-    start = dist.Normal(tensor(MU), SIGMA / math.sqrt(2 * THETA)).to_event(1)
-    return grid, sd.SDEPath(lambda t, z: THETA * (MU - z), sigma[..., None], start, grid.ts)
+    initial = dist.Normal(tensor(MU), SIGMA / math.sqrt(2 * THETA)).to_event(1)
+    return grid, sd.SDEPath(lambda t, z: THETA * (MU - z), sigma[..., None], initial, grid.ts)
 
 
 def observe(grid, values=problems.OU_VALUES, noise=NOISE):
@@ -127,8 +127,9 @@ class TestDensity:
 class TestWithoutItsOwnCovariance:
     """A guide that shares the prior's noise cannot reach the evidence; its best gap is known exactly."""
 
+    @torch.no_grad()
     def gap(self, dt, noise=NOISE, eps=1.0):
-        grid, path = ou(dt=dt)
+        grid, path = ou(dt=dt, start=0.0)
         potential, log_likelihood = observe(grid, noise=noise)
         exact = sd.information_filter(path, potential)
         J, h = exact.precision[..., 0], exact.information
@@ -160,7 +161,7 @@ class TestWithoutItsOwnCovariance:
         assert gap == pytest.approx(self.gap(dt, noise, eps=-1.0)[0], abs=1e-9)
 
     def test_gap_by_monte_carlo(self):
-        grid, path = ou(dt=0.05)
+        grid, path = ou(dt=0.05, start=0.0)
         _, log_likelihood = observe(grid)
         _, best, guided = self.gap(0.05)
         model = problems.ou_discretised(grid.ts.diff(), **problems.OU)
@@ -230,7 +231,7 @@ class TestGradient:
 
     def test_noise_of_a_diffusion_parameter_does_not_grow_with_the_number_of_steps(self):
         flat = [self.gradient_spread(n, detached=False) for n in (5, 20, 80)]
-        assert flat[2] < 1.3 * flat[0]
+        assert flat[2] < 1.5 * flat[0]
         assert flat[2] < 5.0
         growing = [self.gradient_spread(n, detached=True) for n in (5, 20, 80)]
         for before, after in zip(growing, growing[1:], strict=False):
@@ -258,32 +259,32 @@ class TestGradient:
         assert (gradient < 1e-10) == (elbo is Trace_ELBO)
 
 
-def train(diagonal, steps=1200, particles=32):
+def train(diagonal, steps=1200, particles=16, speed=6.0, noise=0.2):
     """Messages of a rotating OU process learned from nothing; the ELBO lost, with its standard error."""
     torch.manual_seed(0)
-    A, H = problems.rotation(0.5, 4.0), tensor(1.0, 0.0)[None]
-    times, y = torch.linspace(0, 2.0, 5, dtype=F64), tensor(0.5, -0.7, 0.2, 0.6, -0.1)[:, None]
+    A, H = problems.rotation(0.5, speed), tensor(1.0, 0.0)[None]
+    times, y = tensor(0.0, 0.4, 0.8, 1.2), tensor(0.5, -0.7, 0.2, 0.6)[:, None]
     grid = sd.TimeGrid(times, dt=0.1)
     start = dist.Normal(torch.zeros(2, dtype=F64), 0.7).to_event(1)
     path = sd.SDEPath(lambda t, z: z @ A.mT, tensor(0.7), start, grid.ts)
     model = problems.euler_linear(
         A, torch.zeros(2, dtype=F64), 0.7 * torch.eye(2, dtype=F64), grid.ts.diff(), m=torch.zeros(2, dtype=F64),
-        P=0.49 * torch.eye(2, dtype=F64), H=H, R=tensor(0.09)[None],
+        P=0.49 * torch.eye(2, dtype=F64), H=H, R=tensor(noise**2)[None],
     )  # fmt: skip
     answer = problems.kalman_log_evidence(model, dict(zip(grid.index.tolist(), y, strict=True)))
     n = grid.ts.shape[-1]
-    h = torch.zeros(n, 2, dtype=F64, requires_grad=True)
-    log_d = torch.full((n, 2), -1.0, dtype=F64, requires_grad=True)
+    loc = torch.zeros(n, 2, dtype=F64, requires_grad=True)
+    log_d = torch.zeros(n, 2, dtype=F64, requires_grad=True)
     corner = torch.zeros(n, dtype=F64, requires_grad=True)
 
     def message():
         root = torch.diag_embed(log_d.exp()) + torch.nn.functional.pad(corner[:, None, None], (0, 1, 1, 0))
-        return sd.Message(h, log_d.exp().square() if diagonal else root @ root.mT)
+        return sd.Message.at(loc, log_d.exp().square() if diagonal else root @ root.mT)
 
     def log_weight(z, log_q):
-        return path.log_prob(z) + dist.Normal(grid.observed(z) @ H.mT, 0.3).log_prob(y).sum((-2, -1)) - log_q
+        return path.log_prob(z) + dist.Normal(grid.observed(z) @ H.mT, noise).log_prob(y).sum((-2, -1)) - log_q
 
-    optimiser = torch.optim.Adam([h, log_d, corner], lr=0.05)
+    optimiser = torch.optim.Adam([loc, log_d, corner], lr=0.05)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 0.01 ** max(0.0, 1.5 * k / steps - 0.5))
     for _ in range(steps):
         guided = path.guided(message())
