@@ -19,10 +19,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/lynx_hare.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import stochdyn.diagnostics as _diagnostics
 from stochdyn.data import Series, TimeGrid, datasets
-from stochdyn.diagnostics import pareto_k, plot_forecast, plot_losses, plot_phase, summarise
+from stochdyn.diagnostics import Calibration, pareto_k, plot_forecast, plot_losses, plot_phase, sbc, summarise
 from stochdyn.encoders import AbstractEncoder, GRUEncoder
 from stochdyn.errors import (
     DataError,
@@ -39,6 +39,59 @@ from stochdyn.solvers import EulerMaruyama, GaussianStep, Heun, RungeKutta4
 
 if TYPE_CHECKING:
     from stochdyn.diagnostics import to_arviz
+
+__all__ = [
+    "ELBO",
+    "AbstractEncoder",
+    "AbstractObjective",
+    "AmortizedGuide",
+    "Calibration",
+    "Constant",
+    "DataError",
+    "Decay",
+    "DiffusionError",
+    "DivergedError",
+    "DtypeError",
+    "EulerMaruyama",
+    "Evidence",
+    "FieldError",
+    "FilterMessage",
+    "Fit",
+    "FitError",
+    "FreeMessage",
+    "FullRank",
+    "GRUEncoder",
+    "GaussianStep",
+    "GuideError",
+    "GuidedPath",
+    "Heun",
+    "Linear",
+    "MatrixDiffusion",
+    "MeanField",
+    "Message",
+    "Prediction",
+    "RungeKutta4",
+    "SDEPath",
+    "Series",
+    "ShapeError",
+    "StochdynError",
+    "SupportError",
+    "TimeError",
+    "TimeGrid",
+    "datasets",
+    "evidence",
+    "fit",
+    "information_filter",
+    "pareto_k",
+    "particle_evidence",
+    "plot_forecast",
+    "plot_losses",
+    "plot_phase",
+    "predict",
+    "sbc",
+    "summarise",
+    "to_arviz",
+]
 
 _LAZY = ("to_arviz",)
 

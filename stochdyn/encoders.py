@@ -11,7 +11,17 @@ from stochdyn.errors import ShapeError
 
 
 class AbstractEncoder(nn.Module, ABC):
-    """The contract: `encoder(batch) -> (series, time, hidden)`; entry k may use what was observed from time k on."""
+    """The contract: `encoder(batch) -> (series, time, hidden)`; entry k may use what was observed from time k on.
+
+    Example:
+        >>> import stochdyn as sd
+        >>> class LastValue(sd.AbstractEncoder):
+        ...     hidden = 1
+        ...     def forward(self, batch):
+        ...         return batch.values.mean(-1, keepdim=True)
+        >>> LastValue()(sd.datasets.lynx_hare()).shape
+        torch.Size([1, 21, 1])
+    """
 
     hidden: int
 

@@ -116,11 +116,17 @@ def rotating_series(number, times, seed=0):
         return sd.Series(times, z + ROTATION["noise"] * torch.randn_like(z))
 
 
-def ou_latent(batch, substeps=2):
-    """theta, mu and sigma with priors."""
-    theta = pyro.sample("theta", dist.LogNormal(torch.tensor(0.3, dtype=F64), 0.7))
+def ou_priors():
+    """theta, mu and sigma; theta's is narrow, since wide posteriors of mu given theta are far from normal."""
+    theta = pyro.sample("theta", dist.LogNormal(torch.tensor(0.4, dtype=F64), 0.2))
     mu = pyro.sample("mu", normal(0.0, 1.0))
     sigma = pyro.sample("sigma", dist.LogNormal(torch.tensor(-0.3, dtype=F64), 0.7))
+    return theta, mu, sigma
+
+
+def ou_latent(batch, substeps=2):
+    """An Ornstein-Uhlenbeck process whose parameters have priors."""
+    theta, mu, sigma = ou_priors()
     grid = sd.TimeGrid(batch.times, substeps=substeps)
     with batch.plate("series"):
         z = pyro.sample("z", ou_path(grid.ts, theta, mu, sigma))

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stochdyn.diagnostics.calibration import Calibration, sbc
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
 from stochdyn.diagnostics.tree import Variable, build_tree
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 _LAZY = ("to_arviz", "to_inference_data")
 
 __all__ = [
+    "Calibration",
     "ParetoK",
     "Summary",
     "SummaryRow",
@@ -23,6 +25,7 @@ __all__ = [
     "plot_losses",
     "plot_phase",
     "psis_weights",
+    "sbc",
     "summarise",
     "to_arviz",
     "to_inference_data",

@@ -10,8 +10,16 @@ import xarray as xr
 
 from stochdyn.data import Series
 from stochdyn.diagnostics.tree import Variable, build_tree
-from stochdyn.inference.draws import Draws, Site, check_follows, draw, evaluating, pair
-from stochdyn.inference.predict import at_times
+from stochdyn.inference.draws import (
+    Draws,
+    Site,
+    at_times,
+    check_follows,
+    draw,
+    evaluating,
+    pair,
+    replicated,
+)
 
 with warnings.catch_warnings():
     # ArviZ 0.x announces 1.0 on its first import of the day.
@@ -52,11 +60,13 @@ def to_arviz(
 ) -> Any:
     """Export a fit to ArviZ.
 
-    Groups: `posterior` (every latent; paths at the observation times), `posterior_predictive`, `observed_data` (NaN
-    where nothing was observed), `log_likelihood` (per member of the plates, given the path of the draw), and
-    `sample_stats` with `lp` = log p(y, latents) and `log_q`, one per draw. Dimensions are named after the plates, and
-    `time`, `state`, `channel`; the coordinate of `time` are the real times (`time_value` per series where each has its
-    own). Draws are independent, so r-hat and ess say nothing here; use `pareto_k` on lp - log_q.
+    Groups: `posterior` (every latent and `pyro.deterministic`; paths at the observation times),
+    `posterior_predictive`, `observed_data` (NaN where nothing was observed), `log_likelihood` (per member of
+    the plates, given the path of the draw), and `sample_stats` with `lp` = log p(y, latents) and `log_q`, one
+    per draw. Dimensions are named after the plates, and `time`, `state`, `channel`; the coordinate of `time`
+    are the real times (`time_value` per series where each has its own). A path without these times on its
+    grid is exported on its own, as `<name>_time`. Draws are independent, so r-hat and ess say nothing here;
+    use `pareto_k` on lp - log_q.
 
     Args:
         fit: what `sd.fit` returned, or (model, guide).
@@ -70,7 +80,8 @@ def to_arviz(
 
     Raises:
         GuideError: if a latent has no posterior in the guide.
-        DataError: if `coords` names a dimension that is not there, or has the wrong length.
+        DataError: if `coords` names a dimension that is not there; ShapeError: if it has the wrong length.
+        FitError: if `draws` is below 1.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -91,66 +102,90 @@ def to_arviz(
     with evaluating(model, guide, seed=seed):
         found = draw(fit, data, draws)
         check_follows(found, data)
-        replicates = {name: site.fn.sample() for name, site in found.observed.items()}
+        replicates = {name: replicated(site) for name, site in found.replicable.items()}
+    plates, coordinates = _series(found, data)
     groups: dict[str, dict[str, Variable]] = {
-        "posterior": {n: _latent(s, data) for n, s in found.latents.items()},
+        "posterior": _posterior(found, data, coordinates),
         "posterior_predictive": {},
         "log_likelihood": {},
         "observed_data": {},
         "sample_stats": {"lp": _total(found, "p"), "log_q": _total(found, "q")},
     }
-    for name, site in found.observed.items():
-        dims = _dims(site, data)
-        value = replicates[name].expand(draws, *replicates[name].shape[1:]).reshape(site.value.shape)
-        groups["posterior_predictive"][name] = Variable(("draw", *dims), _array(value))
-        groups["log_likelihood"][name] = Variable(("draw", *_plates(site)), _array(site.log_prob))
-        groups["observed_data"][name] = Variable(dims, _observed(site, data))
+    for name, site in found.replicable.items():
+        dims = _dims(name, site.plates, tuple(site.event_shape), data)
+        groups["posterior_predictive"][name] = Variable(("draw", *dims), _array(replicates[name]))
+        groups["log_likelihood"][name] = Variable(
+            ("draw", *_plates(name, site.plates)), _array(site.log_prob)
+        )
+        groups["observed_data"][name] = Variable(dims, _observed(site, data, plates))
     known = {dim for group in groups.values() for v in group.values() for dim in v.dims}
-    return to_inference_data(build_tree(groups, {**_coords(data, known), **(coords or {})}))
+    coordinates = {name: value for name, value in coordinates.items() if name in known}
+    return to_inference_data(build_tree(groups, {**coordinates, **(coords or {})}))
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
     return x.detach().cpu().numpy()
 
 
-def _plates(site: Site) -> tuple[str, ...]:
-    return tuple(name or f"{site.name}_batch_{k}" for k, name in enumerate(site.plates))
+def _plates(name: str, plates: Sequence[str]) -> tuple[str, ...]:
+    return tuple(plate or f"{name}_batch_{k}" for k, plate in enumerate(plates))
 
 
-def _dims(site: Site, data: Series) -> tuple[str, ...]:
-    """Names of the dimensions of an observed site, draws left out."""
-    event = tuple(site.event_shape)
-    if event == tuple(data.values.shape[-2:]):
-        return (*_plates(site), "time", "channel")
-    return (*_plates(site), *(f"{site.name}_dim_{k}" for k in range(len(event))))
+def _dims(name: str, plates: Sequence[str], event: tuple[int, ...], data: Series) -> tuple[str, ...]:
+    """Names of the dimensions of a value that is no path, draws left out."""
+    if plates and event == tuple(data.values.shape[-2:]):
+        return (*_plates(name, plates), "time", "channel")
+    return (*_plates(name, plates), *(f"{name}_dim_{k}" for k in range(len(event))))
 
 
-def _latent(site: Site, data: Series) -> Variable:
-    if not hasattr(site.fn, "ts"):
-        names = tuple(f"{site.name}_dim_{k}" for k in range(len(site.event_shape)))
-        return Variable(("draw", *_plates(site), *names), _array(site.value))
-    value = at_times(site.value, site.fn.ts, data.times)
-    return Variable(("draw", *_plates(site), "time", "state"), _array(value))
+def _series(found: Draws, data: Series) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The plates that hold the series, and the coordinates of their dimensions."""
+    times = _array(data.times)
+    coordinates: dict[str, Any] = {"channel": list(data.channels)}
+    for site in (*found.replicable.values(), *found.paths.values()):
+        shape = site.value.shape[1 : 1 + len(site.plates)]
+        if shape and shape.numel() == len(data):
+            plates = _plates(site.name, site.plates)
+            coordinates |= {} if len(plates) > 1 else {plates[0]: list(data.ids)}
+            own = times if times.ndim == 1 else Variable((*plates, "time"), times.reshape(*shape, -1))
+            return plates, coordinates | {"time": own}
+    return (), coordinates | ({"time": times} if times.ndim == 1 else {})
 
 
-def _observed(site: Site, data: Series) -> np.ndarray:
+def _posterior(found: Draws, data: Series, coordinates: dict[str, Any]) -> dict[str, Variable]:
+    """The latents; a path that is exported on its own grid adds that to the coordinates."""
+    out, states = {}, None
+    for name, site in found.latents.items():
+        if name not in found.paths:
+            dims = _dims(name, site.plates, tuple(site.event_shape), data)
+            out[name] = Variable(("draw", *dims), _array(site.value))
+            continue
+        states = site.value.shape[-1] if states is None else states
+        state = "state" if site.value.shape[-1] == states else f"{name}_state"
+        plates, ts = _plates(name, site.plates), site.fn.ts
+        value, time = at_times(site.value, ts, data.times), "time"
+        if value is None or value.dim() != site.value.dim() or value.shape[:-2] != site.value.shape[:-2]:
+            value, time = site.value, f"{name}_time"
+            coordinates |= {
+                time: _array(ts) if ts.dim() == 1 else Variable((*plates[-ts.dim() + 1 :], time), ts)
+            }
+        out[name] = Variable(("draw", *plates, time, state), _array(value))
+    for name, (value, plates) in found.deterministic.items():
+        dims = _dims(name, plates, tuple(value.shape[1 + len(plates) :]), data)
+        out[name] = Variable(("draw", *dims), _array(value))
+    return out
+
+
+def _observed(site: Site, data: Series, plates: tuple[str, ...]) -> np.ndarray:
     value = _array(site.value[0])
-    if value.shape == tuple(data.values.shape):
-        value = np.where(_array(data.mask), value, np.nan)
+    if value.size == data.values.numel() and _plates(site.name, site.plates) == plates:
+        value = np.where(_array(data.mask).reshape(value.shape), value, np.nan)
     return value
 
 
 def _total(found: Draws, which: str) -> Variable:
-    sites = list(found.latents.values()) if which == "q" else [*found.prior.values(), *found.observed.values()]
+    sites = (
+        list(found.latents.values()) if which == "q" else [*found.prior.values(), *found.observed.values()]
+    )
     total = sum(_array(s.log_prob.double()).reshape(found.size, -1).sum(-1) for s in sites)
-    return Variable(("draw",), np.asarray(total))
-
-
-def _coords(data: Series, known: set[str]) -> dict[str, Any]:
-    times = _array(data.times)
-    given: dict[str, Any] = {
-        "time": times if times.ndim == 1 else Variable(("series", "time"), times),
-        "channel": list(data.channels),
-        "series": list(data.ids),
-    }
-    return {name: value for name, value in given.items() if name in known}
+    return Variable(("draw",), np.broadcast_to(np.asarray(total, dtype=float), (found.size,)))

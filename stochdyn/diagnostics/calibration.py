@@ -130,7 +130,9 @@ def _ranked(
     truth: Mapping[str, Any], draws: Mapping[str, Any], rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], int]:
     if not truth or set(truth) != set(draws):
-        raise ShapeError(f"`simulate` gives {sorted(truth)}, `infer` gives {sorted(draws)}. Give the same quantities.")
+        raise ShapeError(
+            f"`simulate` gives {sorted(truth)}, `infer` gives {sorted(draws)}. Give the same quantities."
+        )
     out, count = {}, 0
     for name, value in truth.items():
         true, sample = np.atleast_1d(as_array(value)).astype(float), as_array(draws[name]).astype(float)
@@ -140,7 +142,9 @@ def _ranked(
                 f"'{name}': truth has shape {true.shape}, draws {sample.shape}; expected (batch,) and (draw, batch)."
             )
         if not (np.isfinite(true).all() and np.isfinite(sample).all()):
-            raise DataError(f"'{name}': a true value or a draw is not finite. Look at the simulation before ranking it.")
+            raise DataError(
+                f"'{name}': a true value or a draw is not finite. Look at the simulation before ranking it."
+            )
         below, ties = (sample < true).sum(0), (sample == true).sum(0)
         out[name], count = below + rng.integers(0, ties + 1), len(sample)
     return out, count

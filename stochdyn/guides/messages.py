@@ -103,7 +103,8 @@ class FreeMessage(AbstractMessageFamily):
             return Message(root.square() * loc, root.square())
         if self.rank is None:
             i, j = torch.tril_indices(state, state, -1)
-            L = torch.diag_embed(root).index_put((..., i, j), extra / unit[i]) if len(i) else torch.diag_embed(root)
+            L = torch.diag_embed(root)
+            L[..., i, j] = extra / unit[i]
             J = L @ L.mT
         else:
             U = extra.unflatten(-1, (state, self.rank)) / unit[:, None]

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
@@ -28,7 +30,7 @@ class Site:
         name: of the site.
         fn: its distribution in the model (observed sites) or in the guide (latents).
         value: (draws, *batch, *event); batch dimensions are exactly the model's plates.
-        log_prob: (draws, *batch).
+        log_prob: (draws, *batch), of these members alone: a mini-batch is not scaled up.
         plates: the plates' names, one per batch dimension; "" where a dimension has none.
         observed: whether the model observes it.
     """
@@ -48,13 +50,30 @@ class Site:
 
 @dataclass(frozen=True)
 class Draws:
-    """The traces of guide and model, with the draws as leftmost dimension of every site."""
+    """The traces of guide and model, with the draws as leftmost dimension of every site.
+
+    Attributes:
+        latents: as the guide has them; `prior`: the same sites in the model.
+        observed: what the model observes, `pyro.factor` included.
+        deterministic: values of `pyro.deterministic` by name: (draws, *batch, *event), and their plates.
+    """
 
     latents: dict[str, Site]
     prior: dict[str, Site]
     observed: dict[str, Site]
+    deterministic: dict[str, tuple[Tensor, tuple[str, ...]]]
     plates: int
     size: int
+
+    @property
+    def replicable(self) -> dict[str, Site]:
+        """The observed sites that can be drawn again."""
+        return {name: site for name, site in self.observed.items() if not isinstance(site.fn, dist.Unit)}
+
+    @property
+    def paths(self) -> dict[str, Site]:
+        """The latents that are paths."""
+        return {name: site for name, site in self.latents.items() if hasattr(site.fn, "ts")}
 
 
 def pair(fit: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -82,7 +101,7 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
 
 def plate_nesting(guide: Callable[..., Any], model: Callable[..., Any], data: Any) -> int:
     """How many dimensions the plates of the model take."""
-    with poutine.block(), torch.random.fork_rng():
+    with poutine.block(), torch.random.fork_rng(devices=[]):
         guide_trace = poutine.trace(guide).get_trace(data)
         trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(data)
     sites = [s for t in (guide_trace, trace) for s in t.nodes.values() if s["type"] == "sample"]
@@ -106,7 +125,7 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
     for trace in (guide_trace, model_trace):
         trace.compute_log_prob()
     latents = {n: _site(n, s, draws, nesting) for n, s in guide_trace.nodes.items() if _is_latent(s)}
-    prior, observed = {}, {}
+    prior, observed, deterministic = {}, {}, {}
     for name, site in model_trace.nodes.items():
         if _is_latent(site):
             if name not in latents:
@@ -115,7 +134,14 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
                 prior[name] = _site(name, site, draws, nesting)
         elif _is_observed(site):
             observed[name] = _site(name, site, draws, nesting)
-    return Draws(latents, prior, observed, nesting, draws)
+        elif is_deterministic(site):
+            deterministic[name] = _deterministic(site, draws, nesting)
+    return Draws(latents, prior, observed, deterministic, nesting, draws)
+
+
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """Whether a site is a `pyro.deterministic`."""
+    return site["type"] == "sample" and bool((site["infer"] or {}).get("_deterministic"))
 
 
 def _is_latent(site: dict[str, Any]) -> bool:
@@ -125,7 +151,7 @@ def _is_latent(site: dict[str, Any]) -> bool:
 def _is_observed(site: dict[str, Any]) -> bool:
     if site["type"] != "sample" or not site["is_observed"] or site_is_subsample(site):
         return False
-    return not (site["infer"] or {}).get("_deterministic")
+    return not is_deterministic(site)
 
 
 def _refuse(name: str, site: dict[str, Any]) -> None:
@@ -134,22 +160,31 @@ def _refuse(name: str, site: dict[str, Any]) -> None:
             f"latent '{name}' is in the model but not in the guide. Make the guide for this model."
         )
     raise GuideError(
-        f"latent '{name}' is summed out in training, so draws of it and the log densities need its posterior, which "
-        "the guide does not hold. Sum it out of the likelihood itself (a mixture distribution) to get draws."
+        f"latent '{name}' is summed out in training, so draws of it and the log densities need its "
+        "posterior, which the guide does not hold. Sum it out of the likelihood itself (a mixture "
+        "distribution) to get draws."
     )
 
 
+def plate_scale(site: dict[str, Any]) -> float:
+    """By how much the plates around a site scale its log density up, for a mini-batch."""
+    return prod(f.full_size / f.size for f in site["cond_indep_stack"] if f.full_size is not None)
+
+
+def _frames(site: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the plates at each batch dimension, "" where there is none."""
+    names = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != "_draws"}
+    return tuple(names.get(-k, "") for k in range(max((-dim for dim in names), default=0), 0, -1))
+
+
 def _site(name: str, site: dict[str, Any], draws: int, nesting: int) -> Site:
-    """Bring value and log density to (draws, *batch, ...), batch without what lies left of the site's own plates."""
-    fn = site["fn"]
-    event = len(fn.event_shape)
-    frames = {f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized and f.name != "_draws"}
-    batch = max((-dim for dim in frames), default=0)
-    value, log_prob = site["value"], site["log_prob"]
-    value = _squeezed(value, draws, nesting, batch, event)
-    log_prob = _squeezed(torch.as_tensor(log_prob), draws, nesting, batch, 0)
-    plates = tuple(frames.get(-k, "") for k in range(batch, 0, -1))
-    return Site(name, fn, value, log_prob, plates, site["is_observed"])
+    """Bring value and log density to (draws, *batch, ...), batch without what lies left of the site's own "
+    "plates."""
+    fn, plates = site["fn"], _frames(site)
+    batch, event = len(plates), len(fn.event_shape)
+    log_prob = torch.as_tensor(site["log_prob"]) / plate_scale(site)
+    value = _squeezed(site["value"], draws, nesting, batch, event)
+    return Site(name, fn, value, _squeezed(log_prob, draws, nesting, batch, 0), plates, site["is_observed"])
 
 
 def _squeezed(x: Tensor, draws: int, nesting: int, batch: int, event: int) -> Tensor:
@@ -160,6 +195,43 @@ def _squeezed(x: Tensor, draws: int, nesting: int, batch: int, event: int) -> Te
     return x.expand(draws, *x.shape[1:]).reshape(draws, *tail)
 
 
+def _deterministic(site: dict[str, Any], draws: int, nesting: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Pyro takes all dimensions of such a value for event dimensions; draws and plates lead where it has "
+    "them."""
+    value, plates = torch.as_tensor(site["value"]), _frames(site)
+    if value.dim() > nesting and value.shape[0] == draws:
+        event = value.dim() - nesting - 1
+        if all(size == 1 for size in value.shape[1 : 1 + nesting - len(plates)]):
+            return _squeezed(value, draws, nesting, len(plates), event), plates
+        return value, ("",) * nesting
+    return value.expand(draws, *value.shape), ()
+
+
+def replicated(site: Site) -> Tensor:
+    """Draw an observed site again: (draws, *batch, *event)."""
+    value = site.fn.sample()
+    return value.expand(len(site.value), *value.shape[1:]).reshape(site.value.shape)
+
+
+def at_times(path: Tensor, ts: Tensor, times: Tensor) -> Tensor | None:
+    """A path (draw, *batch, grid, state) at times of its grid: (draw, *batch, time, state).
+
+    None where one of the times is not on the grid.
+    """
+    batch = path.shape[1:-2]
+    if times.dim() == 2 and len(batch) > 1 and batch.numel() == len(times):
+        times = times.reshape(*batch, -1)  # the series in nested plates
+    shape = torch.broadcast_shapes(ts.shape[:-1], times.shape[:-1])
+    ts, times = ts.to(times.device).expand(*shape, -1).contiguous(), times.expand(*shape, -1).contiguous()
+    index = torch.searchsorted(ts, times).clamp(max=ts.shape[-1] - 1)
+    if not torch.equal(ts.gather(-1, index), times):
+        return None
+    batch = torch.broadcast_shapes(batch, shape)
+    path = path.expand(len(path), *batch, *path.shape[-2:])
+    index = index.to(path.device)[..., None].expand(len(path), *batch, index.shape[-1], path.shape[-1])
+    return path.gather(-2, index)
+
+
 def check_follows(draws: Draws, data: Series) -> None:
     """Refuse a model whose path does not reach the batch's last time.
 
@@ -167,10 +239,9 @@ def check_follows(draws: Draws, data: Series) -> None:
         GuideError: naming the site and both times.
     """
     last = float(data.times.max())
-    for name, site in draws.latents.items():
-        ts = getattr(site.fn, "ts", None)
-        if ts is not None and float(ts.max()) < last:
+    for name, site in draws.paths.items():
+        if float(site.fn.ts.max()) < last:
             raise GuideError(
-                f"path '{name}' ends at {float(ts.max()):g}, the data at {last:g}: the model uses a grid from outside. "
-                "Build it inside the model: grid = sd.TimeGrid(batch.times)."
+                f"path '{name}' ends at {float(site.fn.ts.max()):g}, the data at {last:g}: the model uses a "
+                "grid from outside. Build it inside the model: grid = sd.TimeGrid(batch.times)."
             )

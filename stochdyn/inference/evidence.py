@@ -12,7 +12,17 @@ from torch.distributions import Independent
 
 from stochdyn.data import Series
 from stochdyn.errors import GuideError
-from stochdyn.inference.draws import Draws, Site, draw, evaluating, pair
+from stochdyn.inference.draws import (
+    Draws,
+    Site,
+    at_times,
+    check_follows,
+    draw,
+    evaluating,
+    is_deterministic,
+    pair,
+    plate_scale,
+)
 from stochdyn.paths import GuidedPath, particle_evidence
 
 
@@ -21,8 +31,8 @@ class Evidence:
     """Estimates of log p(y) from draws of the latents, the path integrated out by a particle filter.
 
     Attributes:
-        log_likelihood: (draw, series), log p(y_i | latents of the draw), plus log p - log q of the latents that belong
-            to the series.
+        log_likelihood: (draw, series), log p(y_i | latents of the draw), plus log p - log q of the latents
+            that belong to the series.
         log_weights: (draw,), log p - log q of the latents outside the series' plate.
 
     Example:
@@ -42,8 +52,8 @@ class Evidence:
 
     @property
     def per_series(self) -> Tensor:
-        """(series,) log p(y_i): given nothing where all latents belong to series, else given the shared latents'
-        posterior (the log of the average over draws)."""
+        """(series,) log p(y_i): given nothing where all latents belong to series, else given the shared
+        latents' posterior (the log of the average over draws)."""
         return torch.logsumexp(self.log_likelihood, 0) - math.log(len(self.log_likelihood))
 
     @property
@@ -57,23 +67,25 @@ def evidence(
 ) -> Evidence:
     """Estimate the evidence from a fit: what the ELBO bounds.
 
-    The latents other than the path are drawn from the guide; for each draw the guided path moves a twisted particle
-    filter (`particle_evidence`). The gap between `Evidence.total` and the ELBO is what the guide loses.
+    The latents other than the path are drawn from the guide; for each draw the guided path moves a twisted
+    particle filter (`particle_evidence`). The gap between `Evidence.total` and the ELBO is what the guide
+    loses.
 
     Args:
         fit: what `sd.fit` returned, or (model, guide).
-        data: the series; the model observes (series, time, channel) or (series, time), independent over time given
-            the path.
+        data: the series; the model observes (series, time, channel) or (series, time), independent over time
+            given the path.
         draws: draws of the latents outside the path; 1 is enough where there are none.
         particles: per draw and series.
         seed: of the draws; None uses the current random state.
 
     Raises:
-        GuideError: if the model has not exactly one path, or its observations are not per time.
+        GuideError: if the model has not exactly one path, or an observation or a latent depends on more of
+            the path than its state at the observation's time.
 
     References:
-        Andrieu & Roberts, "The pseudo-marginal approach for efficient Monte Carlo computations", Annals of Statistics
-        2009, https://doi.org/10.1214/07-AOS574
+        Andrieu & Roberts, "The pseudo-marginal approach for efficient Monte Carlo computations", Annals of
+        Statistics 2009, https://doi.org/10.1214/07-AOS574
 
     Example:
         >>> import pyro, pyro.distributions as dist, stochdyn as sd
@@ -91,8 +103,10 @@ def evidence(
     model, guide = pair(fit)
     with evaluating(model, guide, seed=seed):
         found = draw(fit, data, draws)
+        check_follows(found, data)
         path = _only_path(found)
         likelihood = _Likelihood(model, found, path, data)
+        likelihood.check()
         log_likelihood = particle_evidence(path.fn, likelihood, particles=particles)
         log_likelihood = log_likelihood.reshape(draws, -1)
         shared = torch.zeros(draws, dtype=log_likelihood.dtype, device=log_likelihood.device)
@@ -111,39 +125,90 @@ def _only_path(found: Draws) -> Site:
     paths = [site for site in found.latents.values() if isinstance(site.fn, GuidedPath)]
     if len(paths) != 1:
         raise GuideError(
-            f"evidence needs a model with exactly one path guided by AmortizedGuide, got {[p.name for p in paths]}. "
-            "Use particle_evidence on the path itself."
+            "evidence needs a model with exactly one path guided by AmortizedGuide, got "
+            f"{[p.name for p in paths]}. Use particle_evidence on the path itself."
         )
     return paths[0]
 
 
 class _Likelihood:
-    """`(z, k)` -> the log likelihood of what each series has at grid time k, by running the model on a path that stays
-    at z: only the column of that time is read."""
+    """`(z, k)` -> the log likelihood of what each series has at grid time k, by running the model on a path
+    that stays at z: only the column of that time is read."""
 
     def __init__(self, model: Any, found: Draws, path: Site, data: Series) -> None:
-        self.model, self.data, self.path, self.plates = model, data, path, found.plates
+        self.model, self.data, self.path, self.found = model, data, path, found
         chain = path.fn.chain
         self.points = chain.steps + 1
-        self.values = {name: site.value for name, site in found.latents.items() if name != path.name}
-        self.raw = {name: _lifted(site, found.plates) for name, site in found.latents.items() if name != path.name}
+        self.raw = {name: _lifted(site, found.plates) for name, site in found.latents.items()}
+        if at_times(path.value, chain.ts, data.times) is None:
+            raise GuideError(
+                f"path '{path.name}': its grid lacks times of the data. Build it on sd.TimeGrid(batch.times)."
+            )
         times, ts = data.times, chain.ts
+        if times.dim() == 2 and ts.dim() > 2:
+            times = times.reshape(*ts.shape[:-1], -1)
         shape = torch.broadcast_shapes(times.shape[:-1], ts.shape[:-1])
-        index = torch.searchsorted(ts.expand(*shape, -1).contiguous(), times.expand(*shape, -1).contiguous())
-        self.column = torch.full((*shape, self.points), -1)
+        ts, times = ts.to(times.device).expand(*shape, -1), times.expand(*shape, -1)
+        self.index = torch.searchsorted(ts.contiguous(), times.contiguous())
+        self.column = torch.full((*shape, self.points), -1, device=times.device)
         for j in reversed(range(times.shape[-1])):
-            self.column.scatter_(-1, index[..., j : j + 1], j)
+            self.column.scatter_(-1, self.index[..., j : j + 1], j)
 
     def __call__(self, z: Tensor, k: int) -> Tensor | None:
         column = self.column[..., k].to(z.device)
         if (column < 0).all():
             return None
-        constant = z[..., None, :].expand(*z.shape[:-1], self.points, z.shape[-1])
-        rows = _pointwise_rows(self.model, {**self.raw, self.path.name: constant}, self.data)
-        rows = rows.expand(*z.shape[:-1], rows.shape[-1])
-        at = column.clamp(min=0).expand(rows.shape[:-1])[..., None]
-        picked = rows.gather(-1, at)[..., 0]
-        return torch.where(column >= 0, picked, torch.zeros_like(picked))
+        rows, _ = self._rows(z[..., None, :].expand(*z.shape[:-1], self.points, z.shape[-1]))
+        lead = torch.broadcast_shapes(rows.shape[:-1], z.shape[:-1], column.shape)
+        at = column.clamp(min=0).expand(lead)[..., None]
+        picked = rows.expand(*lead, -1).gather(-1, at)[..., 0]
+        return torch.where(column >= 0, picked, torch.zeros_like(picked)).sum_to_size(z.shape[:-1])
+
+    def _rows(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(..., series, time) the log likelihood of a path, and the log prior of the latents after it."""
+        with pyro.validation_enabled(False), poutine.block(), poutine.trace() as tracer:
+            poutine.condition(self.model, {**self.raw, self.path.name: z})(self.data)
+        sites = {n: s for n, s in tracer.trace.nodes.items() if s["type"] == "sample" and s["is_observed"]}
+        seen = [s for n, s in sites.items() if n not in self.raw and not is_deterministic(s)]
+        if not seen:
+            raise GuideError(
+                "The model observes nothing, so there is no evidence. Give `obs=` to a sample statement."
+            )
+        rows = [_of_site(site, self.data.values.shape[-2]) for site in seen]
+        names = list(sites)
+        later = [n for n in names[names.index(self.path.name) + 1 :] if n in self.raw]
+        return sum(rows[1:], rows[0]), {n: sites[n]["fn"].log_prob(sites[n]["value"]) for n in later}
+
+    def check(self) -> None:
+        """Compare a drawn path with one that always was where that one is last observed.
+
+        Raises:
+            GuideError: if something depends on the path before.
+        """
+        z = self.raw[self.path.name]
+        seen = self.data.mask.any(-1)
+        last = (seen * torch.arange(1, seen.shape[-1] + 1, device=seen.device)).argmax(-1)
+        last = last.reshape(self.index.shape[:-1]) if self.index.dim() > 2 else last
+        at = self.index.expand(*last.shape, -1).gather(-1, last[..., None])[..., None].to(z.device)
+        lead = torch.broadcast_shapes(z.shape[:-2], last.shape)
+        still = z.expand(*lead, *z.shape[-2:]).gather(-2, at.expand(*lead, 1, z.shape[-1]))
+        if still.shape[:-2] != z.shape[:-2]:
+            return  # one path, observed by many series
+        (rows, later), (rows_still, later_still) = self._rows(z), self._rows(still.expand_as(z))
+        last = last.to(z.device)[..., None]
+        pairs = {
+            "what is observed last": tuple(
+                r.gather(-1, last.expand(*r.shape[:-1], 1)) for r in (rows, rows_still)
+            )
+        }
+        pairs |= {f"latent '{name}'": (later[name], later_still[name]) for name in later}
+        for what, (got, expected) in pairs.items():
+            if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4):
+                raise GuideError(
+                    f"{what} depends on more of path '{self.path.name}' than its state at the time of an "
+                    "observation, and a particle filter cannot weigh that. Use the ELBO, or make the path "
+                    "carry it as a state."
+                )
 
 
 def _lifted(site: Site, plates: int) -> Tensor:
@@ -152,40 +217,31 @@ def _lifted(site: Site, plates: int) -> Tensor:
     return site.value.reshape(site.value.shape[0], *[1] * (plates - batch), *site.value.shape[1:])
 
 
-def _pointwise_rows(model: Any, values: dict[str, Tensor], data: Series) -> Tensor:
-    """(..., series, time): the log likelihood of all observed sites, channels summed."""
-    with pyro.validation_enabled(False), poutine.block(), poutine.trace() as tracer:
-        poutine.condition(model, values)(data)
-    total: Tensor | None = None
-    points = data.values.shape[-2]
-    for name, site in tracer.trace.nodes.items():
-        if site["type"] != "sample" or not site["is_observed"] or name in values:
-            continue
-        if (site["infer"] or {}).get("_deterministic"):
-            continue
-        rows = _pointwise(site["fn"], site["value"])
-        if site["mask"] is not None:
-            raise GuideError(f"site '{name}': masked by a handler. Put the mask into .mask(batch.mask).")
-        if len(site["fn"].event_shape) == 2 and rows.shape[-2:] == site["value"].shape[-2:]:
-            rows = rows.sum(-1)
-        if rows.dim() < 1 or rows.shape[-1] != points:
-            raise GuideError(
-                f"site '{name}': its log likelihood has shape {tuple(rows.shape)}, not (..., series, time={points}). "
-                "Observe (series, time, channel) with .to_event(2)."
-            )
-        total = rows if total is None else total + rows
-    if total is None:
-        raise GuideError("The model observes nothing, so there is no evidence. Give `obs=` to a sample statement.")
-    return total
+def _of_site(site: dict[str, Any], points: int) -> Tensor:
+    """(..., series, time): the log likelihood of an observed site, channels summed."""
+    name, fn = site["name"], site["fn"]
+    if site["mask"] is not None:
+        raise GuideError(f"site '{name}': masked by a handler. Put the mask into .mask(batch.mask).")
+    if not torch.allclose(torch.as_tensor(site["scale"]).double(), torch.tensor(plate_scale(site)).double()):
+        raise GuideError(f"site '{name}': scaled by a handler. Only plates may scale a likelihood here.")
+    rows, events = _pointwise(fn, site["value"])
+    if len(fn.event_shape) == 2 and events == 2:
+        rows, events = rows.sum(-1), 1
+    if not (len(fn.event_shape) in (1, 2) and events == 1 and rows.shape[-1] == points):
+        raise GuideError(
+            f"site '{name}': its log likelihood has shape {tuple(rows.shape)}, not (..., series, "
+            f"time={points}). Observe (series, time, channel) with .to_event(2)."
+        )
+    return rows
 
 
-def _pointwise(fn: Any, value: Tensor) -> Tensor:
-    """log_prob before event dimensions are summed, masks applied."""
+def _pointwise(fn: Any, value: Tensor) -> tuple[Tensor, int]:
+    """log_prob before event dimensions are summed, masks applied; and how many event dimensions are left."""
     if isinstance(fn, Independent):
-        return _pointwise(fn.base_dist, value)
+        rows, events = _pointwise(fn.base_dist, value)
+        return rows, events + fn.reinterpreted_batch_ndims
     if hasattr(fn, "_mask") and hasattr(fn, "base_dist"):
-        rows = _pointwise(fn.base_dist, value)
-        mask = torch.as_tensor(fn._mask)
-        mask = mask.reshape(*mask.shape, *[1] * (rows.dim() - mask.dim())) if mask.dim() < rows.dim() else mask
-        return torch.where(mask, rows, torch.zeros_like(rows))
-    return fn.log_prob(value)
+        rows, events = _pointwise(fn.base_dist, value)
+        mask = torch.as_tensor(fn._mask, device=rows.device)
+        return torch.where(mask.reshape(*mask.shape, *[1] * events), rows, torch.zeros_like(rows)), events
+    return fn.log_prob(value), 0

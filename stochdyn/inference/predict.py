@@ -1,5 +1,6 @@
 """Smoothing, imputation and forecasts from a fit."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stochdyn.data import Series
-from stochdyn.errors import GuideError, StochdynError
-from stochdyn.inference.draws import Draws, check_follows, draw, evaluating, pair
+from stochdyn.errors import DataError, GuideError, StochdynError
+from stochdyn.inference.draws import Draws, at_times, check_follows, draw, evaluating, pair, replicated
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,10 @@ class Prediction:
     Attributes:
         data: the series, with the further times as missing.
         observations: (draw, series, time, channel) draws of what would be observed, also where something was.
-        states: (draw, series, time, state) the smoothed or forecast states at the same times, of the first path.
-        latents: every latent by name, (draw, *plates, *event); paths on their whole grid.
+        states: (draw, series, time, state) the smoothed or forecast states at the same times, of the first
+            path that has them on its grid; None without a path.
+        latents: every latent and `pyro.deterministic` by name, (draw, *plates, *event); paths on their whole
+            grid.
         grids: the grid of every path by name.
 
     Example:
@@ -50,15 +53,27 @@ class Prediction:
         return self.data.last_observed
 
     def quantile(self, q: float) -> Tensor:
-        """A quantile of the observations: (series, time, channel)."""
-        return self.observations.quantile(q, 0)
+        """A quantile of the observations, between draws interpolated: (series, time, channel).
+
+        Raises:
+            DataError: if `q` is not between 0 and 1.
+        """
+        if not 0 <= q <= 1:
+            raise DataError(f"quantile({q}): a probability is between 0 and 1.")
+        # torch.quantile refuses more than 2^24 numbers.
+        ordered = self.observations.sort(0).values
+        ordered = ordered if ordered.is_floating_point() else ordered.double()
+        at = q * (len(ordered) - 1)
+        low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
+        return low if at == math.floor(at) else torch.lerp(low, high, at - math.floor(at))
 
 
 def predict(fit: Any, data: Series, ts: Any = None, draws: int = 100, *, seed: int | None = 0) -> Prediction:
     """Draw from the posterior predictive: smoothing at the data's times, forecasts past them.
 
-    The model is called with the series extended by `ts` as missing observations, so it must build its `TimeGrid` from
-    the batch. Nothing past the last observation informs the path: it runs on from there by itself.
+    The model is called with the series extended by `ts` as missing observations, so it must build its
+    `TimeGrid` from the batch. Nothing past the last observation informs the path: it runs on from there by
+    itself.
 
     Args:
         fit: what `sd.fit` returned, or (model, guide).
@@ -68,8 +83,9 @@ def predict(fit: Any, data: Series, ts: Any = None, draws: int = 100, *, seed: i
         seed: of the draws; None uses the current random state.
 
     Raises:
-        GuideError: if the model's path does not follow the batch's times, or the model observes no (series, time,
-            channel).
+        GuideError: if the model's path does not follow the batch's times, or the model observes no (series,
+            time, channel).
+        FitError: if `draws` is below 1.
 
     Example:
         >>> import pyro, pyro.distributions as dist, stochdyn as sd
@@ -89,12 +105,14 @@ def predict(fit: Any, data: Series, ts: Any = None, draws: int = 100, *, seed: i
     model, guide = pair(fit)
     extended = data if ts is None else data.extend(ts)
     with evaluating(model, guide, seed=seed):
-        found = _drawn(fit, extended, draws)
+        found = draw(fit, data, draws) if ts is None else _drawn(fit, extended, draws)
         check_follows(found, extended)
-        observations = _replicate(model, found, extended)
-    states = _states(found, extended)
-    grids = {n: s.fn.ts for n, s in found.latents.items() if hasattr(s.fn, "ts")}
-    return Prediction(extended, observations, states, {n: s.value for n, s in found.latents.items()}, grids)
+        observations = _replicate(found, extended)
+    latents = {n: s.value for n, s in found.latents.items()} | {
+        n: v for n, (v, _) in found.deterministic.items()
+    }
+    grids = {n: s.fn.ts for n, s in found.paths.items()}
+    return Prediction(extended, observations, _states(found, extended), latents, grids)
 
 
 def _drawn(fit: Any, data: Series, draws: int) -> Draws:
@@ -104,36 +122,32 @@ def _drawn(fit: Any, data: Series, draws: int) -> Draws:
         raise
     except (RuntimeError, ValueError) as error:
         raise GuideError(
-            f"The model failed on the series extended to time {float(data.times.max()):g}: {error}. A grid closed over "
-            "from outside does not follow the batch: build it inside the model, grid = sd.TimeGrid(batch.times)."
+            f"The model failed on the series extended to time {float(data.times.max()):g}: {error}. A grid "
+            "closed over from outside does not follow the batch: build it inside the model, grid = "
+            "sd.TimeGrid(batch.times)."
         ) from error
 
 
-def _replicate(model: Any, found: Draws, data: Series) -> Tensor:
-    """Draw the observed site of shape (series, time, channel) again."""
-    for site in found.observed.values():
-        if tuple(site.value.shape[-3:]) == tuple(data.values.shape):
-            value = site.fn.sample()
-            return value.expand(found.size, *value.shape[1:]).reshape(found.size, *data.values.shape)
+def _replicate(found: Draws, data: Series) -> Tensor:
+    """Draw the observed site of shape (series, time, channel) again; its series may lie in nested plates."""
+    wanted = data.values.shape
+    for site in found.replicable.values():
+        shape = site.value.shape[1:]
+        if len(shape) >= 3 and shape[-2:] == wanted[-2:] and shape[:-2].numel() == wanted[0]:
+            return replicated(site).reshape(found.size, *wanted)
     shapes = {name: tuple(site.value.shape[1:]) for name, site in found.observed.items()}
     raise GuideError(
-        f"The model observes {shapes}, none of the batch's shape (series, time, channel) = "
-        f"{tuple(data.values.shape)}. Observe batch.values in one site, .to_event(2) inside batch.plate(...)."
+        f"The model observes {shapes}, none of the batch's shape (series, time, channel) = {tuple(wanted)}. "
+        "Observe batch.values in one site, .to_event(2) inside batch.plate(...)."
     )
 
 
 def _states(found: Draws, data: Series) -> Tensor | None:
-    for site in found.latents.values():
-        if hasattr(site.fn, "ts"):
-            return at_times(site.value, site.fn.ts, data.times)
+    for site in found.paths.values():
+        states = at_times(site.value, site.fn.ts, data.times)
+        if states is not None:
+            batch = states.shape[1:-2]
+            lead = (len(data),) if batch.numel() in (1, len(data)) else batch
+            states = states.reshape(found.size, -1, *states.shape[-2:])
+            return states.expand(-1, lead[0], -1, -1) if len(lead) == 1 else states
     return None
-
-
-def at_times(path: Tensor, ts: Tensor, times: Tensor) -> Tensor:
-    """A path (draw, *batch, grid, state) at times that are on its grid: (draw, *batch, time, state)."""
-    if ts.dim() == 1 and times.dim() == 1:
-        return path.index_select(-2, torch.searchsorted(ts, times).to(path.device))
-    shape = torch.broadcast_shapes(ts.shape[:-1], times.shape[:-1])
-    index = torch.searchsorted(ts.expand(*shape, -1).contiguous(), times.expand(*shape, -1).contiguous())
-    index = index.to(path.device)[..., None].expand(*path.shape[:-2], index.shape[-1], path.shape[-1])
-    return path.gather(-2, index)

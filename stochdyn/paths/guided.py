@@ -185,6 +185,7 @@ class GuidedPath(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
+        value = self.chain.aligned(value)
         self.chain.check_start(value)
         return self._score(value, self.message, self.control)
 

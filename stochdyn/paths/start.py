@@ -144,12 +144,27 @@ def _gaussian_base(
     return True, loc, noise, ComposeTransform(transforms) if transforms else None
 
 
+def bijection(prior: torch.distributions.Distribution) -> Transform:
+    """From unconstrained numbers on to the support of a start; a mixture has that of its components.
+
+    Raises:
+        NotImplementedError: if there is none, e.g. for integers.
+    """
+    try:
+        return biject_to(prior.support)
+    except NotImplementedError:
+        if isinstance(prior, torch.distributions.MixtureSameFamily):
+            return biject_to(prior.component_distribution.support)
+        raise
+
+
 def _reference_base(
     prior: torch.distributions.Distribution, shape: torch.Size
 ) -> tuple[bool, Tensor, AbstractNoise, Transform]:
-    like = prior.sample(torch.Size((0,)))
+    with torch.random.fork_rng(devices=[]):
+        like = prior.sample()
     try:
-        transform = biject_to(prior.support)
+        transform = bijection(prior)
         same = transform.inverse_shape(shape) == shape and like.is_floating_point()
     except NotImplementedError:
         same = False

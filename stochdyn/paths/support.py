@@ -6,7 +6,7 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
 
 from stochdyn.paths.chain import LOG_2PI, Chain, lift
-from stochdyn.paths.start import RandomStart
+from stochdyn.paths.start import RandomStart, bijection
 
 
 class PathSupport(constraints.Constraint):
@@ -49,7 +49,7 @@ class PathTransform(Transform):
         self.start_free = chain.state_dim if isinstance(chain.start, RandomStart) else 0
         self.codomain = PathSupport(chain)
         if self.start_free:
-            self.start_transform = biject_to(chain.start.prior.support)
+            self.start_transform = bijection(chain.start.prior)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PathTransform) and other.chain is self.chain

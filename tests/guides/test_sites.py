@@ -9,7 +9,14 @@ from pyro.infer import Trace_ELBO
 
 import stochdyn as sd
 from stochdyn.guides.plates import Place
-from stochdyn.guides.sites import JointNormal, LocalNormal, Residuals, centre_and_spread, free_shape, prior_start
+from stochdyn.guides.sites import (
+    JointNormal,
+    LocalNormal,
+    Residuals,
+    centre_and_spread,
+    free_shape,
+    prior_start,
+)
 from tests.models import F64, elbos, mean_and_error, normal
 
 NOWHERE = Place("x", (), {})

@@ -94,7 +94,11 @@ def location(guide):
     return pyro.param("loc").item(), pyro.param("scale").item()
 
 
-@pytest.mark.parametrize("guide", [param_guide, Guide(), LazyGuide(), Guide().forward], ids=str)
+@pytest.mark.parametrize(
+    "guide",
+    [param_guide, Guide(), LazyGuide(), Guide().forward],
+    ids=["param", "module", "lazy", "method"],
+)
 def test_every_kind_of_guide_reaches_the_exact_posterior(guide):
     start = location(guide) if isinstance(guide, Guide) else (0.0, 1.0)
     result = fitted(guide)

@@ -123,7 +123,9 @@ def test_state_dependent_noise_with_resampling(kind):
     torch.manual_seed(0)
     plain = sd.particle_evidence(path.expand([300]), log_likelihood, particles=200).exp()
     for guided in (path.guided(message), path.guided(message, control)):
-        twisted = sd.particle_evidence(guided.expand([300]), log_likelihood, particles=60, resample_below=1.0).exp()
+        twisted = sd.particle_evidence(
+            guided.expand([300]), log_likelihood, particles=60, resample_below=1.0
+        ).exp()
         assert within(plain - twisted, 0.0)
         assert not within(plain - 1.1 * twisted, 0.0)
 
@@ -142,7 +144,12 @@ def test_other_starts(start):
         return dist.Normal(z[..., 0], 0.3).log_prob(tensor(0.9)) if k == 0 else None
 
     if start == "known":
-        answer = dist.Normal(1.1, 0.3).log_prob(tensor(0.9)).squeeze()
+        answer = dist.Normal(tensor(1.1), 0.3).log_prob(tensor(0.9)).squeeze()
+        assert (sd.particle_evidence(path, log_likelihood, particles=3) - answer).abs() < 1e-12
+        assert (
+            sd.particle_evidence(path.expand([2]), log_likelihood, particles=3) - answer
+        ).abs().max() < 1e-12
+        return
     else:
         x = torch.linspace(1e-6, 20, 400001, dtype=F64)
         density = (initial.log_prob(x[:, None]) + dist.Normal(x, 0.3).log_prob(tensor(0.9))).exp()
@@ -185,14 +192,18 @@ def test_particles_that_explode_are_lost_not_fatal():
     path = sd.SDEPath(lambda t, z: z**9, tensor(3.0), tensor(0.0), torch.linspace(0, 1, 30).double())
     torch.manual_seed(0)
     estimate = sd.particle_evidence(
-        path, lambda z, k: dist.Normal(z[..., 0], 1.0).log_prob(tensor(0.0)) if k == 29 else None, particles=50
+        path,
+        lambda z, k: dist.Normal(z[..., 0], 1.0).log_prob(tensor(0.0)) if k == 29 else None,
+        particles=50,
     )
     assert estimate == -math.inf or torch.isfinite(estimate)
 
 
 def test_refusals():
     grid, path, _, _ = setting()
-    with pytest.raises(sd.FieldError, match=r"returned shape \(5, 1\), expected \(particles, \*batch\) = \(5,\)"):
+    with pytest.raises(
+        sd.FieldError, match=r"returned shape \(5, 1\), expected \(particles, \*batch\) = \(5,\)"
+    ):
         sd.particle_evidence(path, lambda z, k: z, particles=5)
     with pytest.raises(sd.FieldError, match="at least 1, got 0"):
         sd.particle_evidence(path, likelihood(grid), particles=0)

@@ -30,9 +30,9 @@ def ou(dt=None, substeps=None, sigma=SIGMA, times=problems.OU_TIMES, start=None)
 
 def observe(grid, values=problems.OU_VALUES, noise=NOISE):
     seen = torch.ones_like(values, dtype=torch.bool)
-    return sd.Message.observed(grid, values, seen, noise), lambda z: (
-        dist.Normal(grid.observed(z), noise).log_prob(values).sum((-2, -1))
-    )
+    return sd.Message.observed(
+        grid, values, seen, noise
+    ), lambda z: dist.Normal(grid.observed(z), noise).log_prob(values).sum((-2, -1))
 
 
 class TestDensity:
@@ -91,7 +91,11 @@ class TestDensity:
             "gamma": dist.Gamma(tensor(3.0), tensor(2.5)),
         }[start].to_event(1)
         noise = (lambda t, z: 0.3 + 0.1 * z.sin()) if kind == "state" else tensor(0.4)
-        message = None if kind == "control" else sd.Message.at(tensor(0.7)[None].expand(3, 1), torch.ones(3, 1).double())
+        message = (
+            None
+            if kind == "control"
+            else sd.Message.at(tensor(0.7)[None].expand(3, 1), torch.ones(3, 1).double())
+        )
         control = (lambda t, z: 0.3 * z.cos()) if kind in ("control", "both") else None
         path = sd.SDEPath(lambda t, z: -z.sin(), noise, initial, ts)
         q = path.guided(message, control)
@@ -146,13 +150,20 @@ class TestWithoutItsOwnCovariance:
         rho = 1 + SIGMA**2 * steps * J[1:, 0]
         best = 0.5 * (rho - 1 - rho.log()).sum()
         model = problems.ou_discretised(steps, **{**problems.OU, "noise": noise})
-        answer = problems.kalman_log_evidence(model, dict(zip(grid.index.tolist(), problems.OU_VALUES, strict=True)))
+        answer = problems.kalman_log_evidence(
+            model, dict(zip(grid.index.tolist(), problems.OU_VALUES, strict=True))
+        )
         # log q / posterior is linear in the squares of the noise, whose mean is 1: noise 1 gives the expectation.
         z = guided.transport(eps * torch.ones(len(h), 1, dtype=F64))
-        return float(answer - (path.log_prob(z) + log_likelihood(z) - guided.log_prob(z))), float(best), guided
+        return (
+            float(answer - (path.log_prob(z) + log_likelihood(z) - guided.log_prob(z))),
+            float(best),
+            guided,
+        )
 
     @pytest.mark.parametrize(
-        ("dt", "noise", "nats"), [(0.05, 0.2, 1.3975), (0.0125, 0.2, 0.296), (0.003125, 0.2, 0.070), (0.05, 0.05, 42.3)]
+        ("dt", "noise", "nats"),
+        [(0.05, 0.2, 1.3975), (0.0125, 0.2, 0.296), (0.003125, 0.2, 0.070), (0.05, 0.05, 42.3)],
     )
     def test_gap(self, dt, noise, nats):
         gap, best, _ = self.gap(dt, noise)
@@ -165,7 +176,9 @@ class TestWithoutItsOwnCovariance:
         _, log_likelihood = observe(grid)
         _, best, guided = self.gap(0.05)
         model = problems.ou_discretised(grid.ts.diff(), **problems.OU)
-        answer = problems.kalman_log_evidence(model, dict(zip(grid.index.tolist(), problems.OU_VALUES, strict=True)))
+        answer = problems.kalman_log_evidence(
+            model, dict(zip(grid.index.tolist(), problems.OU_VALUES, strict=True))
+        )
         torch.manual_seed(0)
         with torch.no_grad():
             z = guided.rsample((4000,))
@@ -184,7 +197,9 @@ class TestGradient:
         torch.manual_seed(0)
         z = guided.rsample((8,))
         target = path.log_prob(z) + log_likelihood(z)
-        stick = torch.autograd.grad((target - guided.score_parts(z).entropy_term).sum(), (h, J), retain_graph=True)
+        stick = torch.autograd.grad(
+            (target - guided.score_parts(z).entropy_term).sum(), (h, J), retain_graph=True
+        )
         assert max(g.abs().max() for g in stick) < 1e-10
         plain = torch.autograd.grad((target - guided.log_prob(z)).sum(), (h, J))
         assert max(g.abs().max() for g in plain) > 1e-2
@@ -282,7 +297,9 @@ def train(diagonal, steps=1200, particles=16, speed=6.0, noise=0.2):
         return sd.Message.at(loc, log_d.exp().square() if diagonal else root @ root.mT)
 
     def log_weight(z, log_q):
-        return path.log_prob(z) + dist.Normal(grid.observed(z) @ H.mT, noise).log_prob(y).sum((-2, -1)) - log_q
+        return (
+            path.log_prob(z) + dist.Normal(grid.observed(z) @ H.mT, noise).log_prob(y).sum((-2, -1)) - log_q
+        )
 
     optimiser = torch.optim.Adam([loc, log_d, corner], lr=0.05)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda k: 0.01 ** max(0.0, 1.5 * k / steps - 0.5))
@@ -311,7 +328,9 @@ def test_diagonal_messages_lose_where_components_rotate_and_full_ones_do_not():
 
 class TestRefusals:
     def setup_method(self):
-        self.path = sd.SDEPath(lambda t, z: -z, tensor(0.5, 0.5), tensor(0.0, 0.0), torch.linspace(0, 1, 4).double())
+        self.path = sd.SDEPath(
+            lambda t, z: -z, tensor(0.5, 0.5), tensor(0.0, 0.0), torch.linspace(0, 1, 4).double()
+        )
 
     def test_messages(self):
         ones = torch.ones(3, 2, dtype=F64)

@@ -49,7 +49,9 @@ def exact(path, grid, values, mask, noise, matrix=None):
     """Mean and variance of the log weight under the guided path of exact messages."""
     message = sd.information_filter(path, sd.Message.observed(grid, values, mask, noise, matrix))
     with torch.no_grad():
-        log_w = log_weights(path, path.guided(message), gaussian_likelihood(grid, values, mask, noise, matrix))
+        log_w = log_weights(
+            path, path.guided(message), gaussian_likelihood(grid, values, mask, noise, matrix)
+        )
     return log_w.mean(0), log_w.var(0)
 
 
@@ -59,14 +61,20 @@ class TestEvidence:
     def test_ou(self):
         grid = sd.TimeGrid(problems.OU_TIMES, substeps=5)
         model = problems.ou_discretised(grid.ts.diff(), **problems.OU)
-        answer = problems.kalman_log_evidence(model, dict(zip(range(0, 36, 5), problems.OU_VALUES, strict=True)))
+        answer = problems.kalman_log_evidence(
+            model, dict(zip(range(0, 36, 5), problems.OU_VALUES, strict=True))
+        )
         torch.manual_seed(0)
         elbo, variance = exact(ou_path(grid.ts), grid, problems.OU_VALUES, seen(problems.OU_VALUES), NOISE)
         assert abs(elbo - answer) < 1e-10
         assert variance < 1e-20
         wrong = sd.Message.observed(grid, problems.OU_VALUES, seen(problems.OU_VALUES), NOISE)
         path = ou_path(grid.ts)
-        log_w = log_weights(path, path.guided(wrong), gaussian_likelihood(grid, problems.OU_VALUES, seen(problems.OU_VALUES), NOISE))
+        log_w = log_weights(
+            path,
+            path.guided(wrong),
+            gaussian_likelihood(grid, problems.OU_VALUES, seen(problems.OU_VALUES), NOISE),
+        )
         assert log_w.var() > 1e-2
         assert log_w.mean() < answer - 0.1
 
@@ -175,7 +183,9 @@ class TestEvidence:
         model = problems.ou_discretised(grid.ts.diff(), **problems.OU)
         model.F = [x.reshape(1, 1) for x in a]
         model.b = [(1 - x).reshape(1) * MU for x in a]
-        answer = problems.kalman_log_evidence(model, dict(zip(range(0, 15, 2), problems.OU_VALUES, strict=True)))
+        answer = problems.kalman_log_evidence(
+            model, dict(zip(range(0, 15, 2), problems.OU_VALUES, strict=True))
+        )
         torch.manual_seed(0)
         path = ou_path(grid.ts, sd.GaussianStep(mean=mean))
         elbo, variance = exact(path, grid, problems.OU_VALUES, seen(problems.OU_VALUES), NOISE)
@@ -185,7 +195,10 @@ class TestEvidence:
     def test_own_grids_in_a_batch(self):
         rows = [[0.1, 0.3, 1.0, 1.0], [0.0, 0.2, 0.9, 2.0], [0.5, 0.5, 0.5, 0.5]]
         lengths = [3, 4, 1]
-        times, y = torch.tensor(rows, dtype=F64), torch.randn(3, 4, 1, dtype=F64, generator=torch.manual_seed(0))
+        times, y = (
+            torch.tensor(rows, dtype=F64),
+            torch.randn(3, 4, 1, dtype=F64, generator=torch.manual_seed(0)),
+        )
         mask = (torch.arange(4) < torch.tensor(lengths)[:, None])[..., None]
         grid = sd.TimeGrid(times, dt=0.1)
         elbo, variance = exact(ou_path(grid.ts), grid, y * mask, mask, NOISE)
@@ -253,7 +266,9 @@ class TestDensity:
             sigma = log_sigma.exp()
             noise = {
                 "diagonal": lambda t, z: sigma * (1 + z.square()),
-                "matrix": sd.MatrixDiffusion(lambda t, z: sigma * M * (1 + z.square().sum(-1)[..., None, None])),
+                "matrix": sd.MatrixDiffusion(
+                    lambda t, z: sigma * M * (1 + z.square().sum(-1)[..., None, None])
+                ),
                 "tall": sd.MatrixDiffusion(sigma * tensor(0.0, 1.0)[:, None]),
             }[kind]
             initial = dist.Normal(start, log_start.exp()).to_event(1)
@@ -369,7 +384,10 @@ class TestPadding:
 
         def make(ts, theta, message):
             path = sd.SDEPath(
-                lambda t, z: -theta[..., None] * z.sin() + t, noise, tensor(0.3, -0.2).expand(*theta.shape, 2), ts
+                lambda t, z: -theta[..., None] * z.sin() + t,
+                noise,
+                tensor(0.3, -0.2).expand(*theta.shape, 2),
+                ts,
             )
             return path, path.guided(message)
 
@@ -392,9 +410,7 @@ class TestPadding:
 
         steps = (grid.ts.diff() > 0).sum(-1)
         for i, s in enumerate(steps.tolist()):
-            own = make(
-                grid.ts[i, : s + 1], theta[i], sd.Message(h[i, : s + 1], (L @ L.mT)[i, : s + 1])
-            )
+            own = make(grid.ts[i, : s + 1], theta[i], sd.Message(h[i, : s + 1], (L @ L.mT)[i, : s + 1]))
             alone = own[1].transport(eps[: s + 1, i])
             assert (alone - z[i, : s + 1]).abs().max() < 1e-12
             assert (z[i, s:] - z[i, s]).abs().max() == 0
@@ -426,9 +442,13 @@ class TestKL:
     def test_guided_against_prior_has_the_expectation_of_the_log_ratio(self, kind):
         ts = tensor(0.0, 0.1, 0.35, 0.4, 1.0)
         noise = sd.MatrixDiffusion(torch.tensor([[0.5, 0.1], [0.2, 0.6]], dtype=F64))
-        start = dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1) if kind == "start" else tensor(0.3, 0.1)
+        start = (
+            dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1) if kind == "start" else tensor(0.3, 0.1)
+        )
         p = sd.SDEPath(lambda t, z: -z.sin(), noise if kind == "matrix" else tensor(0.4, 0.5), start, ts)
-        message = sd.Message.at(torch.ones(5, 2, dtype=F64), 2 * torch.eye(2, dtype=F64).expand(5, 2, 2) + 0.5)
+        message = sd.Message.at(
+            torch.ones(5, 2, dtype=F64), 2 * torch.eye(2, dtype=F64).expand(5, 2, 2) + 0.5
+        )
         control = (lambda t, z: z.cos()) if kind in ("control", "matrix") else None
         q = p.guided(None if kind == "control" else message, control).expand([20000])
         torch.manual_seed(0)
@@ -475,7 +495,9 @@ class TestShapes:
         assert z.shape == (7, 5, 3, 4, 1)
         assert (z[:, 0] - z[:, 1])[..., 1:, :].abs().min() > 0
         assert (wide.log_prob(z) - path.log_prob(z)).abs().max() < 1e-12
-        guided = path.guided(message=(torch.zeros(4, 1, dtype=F64), torch.ones(4, 1, dtype=F64))).expand([7, 5, 3])
+        guided = path.guided(message=(torch.zeros(4, 1, dtype=F64), torch.ones(4, 1, dtype=F64))).expand(
+            [7, 5, 3]
+        )
         z = guided.rsample((2,))
         assert guided.log_prob(z).shape == (2, 7, 5, 3)
 
@@ -502,7 +524,10 @@ class TestShapes:
             theta = pyro.sample("theta", dist.LogNormal(tensor(0.0).squeeze(), 1.0))
             with pyro.plate("series", 3):
                 path = sd.SDEPath(
-                    lambda t, z: -theta[..., None] * z, tensor(0.4), tensor(1.0), torch.linspace(0, 1, 5).double()
+                    lambda t, z: -theta[..., None] * z,
+                    tensor(0.4),
+                    tensor(1.0),
+                    torch.linspace(0, 1, 5).double(),
                 )
                 return pyro.sample("path", path)
 
