@@ -175,11 +175,11 @@ def _check_gradient(path: Any) -> None:
 
 
 def _check_support(path: Any) -> None:
-    transform = biject_to(path.support)
     z = path.rsample()
     if not path.support.check(z).all():
         raise ConformanceError("`support` refuses the path's own sample.")
-    again = transform(transform.inv(z))
+    # A transform remembers its last inverse; another one has to compute.
+    again = biject_to(path.support)(biject_to(path.support).inv(z))
     if (again - z).abs().max() > 1e-8 * (1 + z.abs().max()):
         raise ConformanceError(f"biject_to(support) is not a round trip: off by {(again - z).abs().max():g}.")
 

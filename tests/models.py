@@ -54,7 +54,9 @@ def ou_series(number, times, seed=0, hold=()):
     generator = torch.Generator().manual_seed(seed)
     times = torch.as_tensor(times, dtype=F64)
     own = times.expand(number, -1)
-    x = OU["mu"] + OU["sigma"] / math.sqrt(2 * OU["theta"]) * torch.randn(number, generator=generator, dtype=F64)
+    x = OU["mu"] + OU["sigma"] / math.sqrt(2 * OU["theta"]) * torch.randn(
+        number, generator=generator, dtype=F64
+    )
     xs = [x]
     for k in range(1, own.shape[-1]):
         keep = torch.exp(-OU["theta"] * (own[:, k] - own[:, k - 1]))
@@ -118,7 +120,7 @@ def rotating_series(number, times, seed=0):
 
 def ou_priors():
     """theta, mu and sigma; theta's is narrow, since wide posteriors of mu given theta are far from normal."""
-    theta = pyro.sample("theta", dist.LogNormal(torch.tensor(0.4, dtype=F64), 0.2))
+    theta = pyro.sample("theta", dist.LogNormal(torch.tensor(0.4, dtype=F64), 0.15))
     mu = pyro.sample("mu", normal(0.0, 1.0))
     sigma = pyro.sample("sigma", dist.LogNormal(torch.tensor(-0.3, dtype=F64), 0.7))
     return theta, mu, sigma
@@ -153,7 +155,9 @@ def elbos(model, guide, *args, draws=100, plates=1):
 
     def total(trace):
         sites = [s for s in trace.nodes.values() if s["type"] == "sample" and s["name"] != "particles"]
-        parts = [s["log_prob"] for s in sites if isinstance(s["log_prob"], torch.Tensor) and s["log_prob"].dim()]
+        parts = [
+            s["log_prob"] for s in sites if isinstance(s["log_prob"], torch.Tensor) and s["log_prob"].dim()
+        ]
         return sum(part.expand(draws, *part.shape[1:]).reshape(draws, -1).sum(-1) for part in parts)
 
     return total(p) - total(q)

@@ -32,7 +32,7 @@ def test_not_implemented_is_not_swallowed():
         raise NotImplementedError("soon")
 
     for call in (evaluate, call_field):
-        with pytest.raises(sd.FieldError, match="The drift raised NotImplementedError: soon"):
+        with pytest.raises(sd.FieldError, match=r"The drift raised NotImplementedError: soon"):
             call("drift", unwritten, T, Z, None)
 
 
@@ -84,9 +84,9 @@ def test_a_context_is_named_in_the_message():
 def test_check_diffusion():
     diagonal = DiagonalDiffusion(lambda t, z: z)
     check_diffusion(diagonal, Z, 0.0)
-    with pytest.raises(sd.DiffusionError, match="time 1.5, state 1: the diffusion is inf"):
+    with pytest.raises(sd.DiffusionError, match=r"time 1.5, state 1: the diffusion is inf"):
         check_diffusion(diagonal, torch.tensor([1.0, torch.inf]), 1.5)
     matrix = sd.MatrixDiffusion(lambda t, z: z)
     check_diffusion(matrix, torch.tensor([[1.0, 0.0], [1.0, 1e-3]]), 0.0)
-    with pytest.raises(sd.DiffusionError, match="time 2: the diffusion matrix is singular"):
+    with pytest.raises(sd.DiffusionError, match=r"time 2: the diffusion matrix is singular"):
         check_diffusion(matrix, torch.stack([torch.eye(2), torch.ones(2, 2)]), 2.0)

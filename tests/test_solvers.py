@@ -1,6 +1,7 @@
 """Kernels: strong orders, the order of their mean, their transition densities; each order with a control."""
 
 import math
+from functools import cache
 
 import pyro.distributions as dist
 import pytest
@@ -23,14 +24,19 @@ def slope(errors):
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
+@cache
+def finest_noise(paths):
+    return torch.randn(2**12, paths, 1, dtype=F64, generator=torch.manual_seed(0))
+
+
 def brownian(level, paths):
-    """Increments of the same motions at a level: normal noise of 2^level steps on [0, 1]."""
-    finest = torch.randn(2**12, paths, 1, dtype=F64, generator=torch.manual_seed(0))
+    """Noise of 2^level steps on [0, 1] that belongs to the same motions at every level, and the finest."""
+    finest = finest_noise(paths)
     eps = finest.reshape(2**level, -1, paths, 1)
     return eps.sum(1) / math.sqrt(eps.shape[1]), finest
 
 
-def strong_errors(drift, diffusion, exact, solver=sd.EulerMaruyama(), paths=2000):  # noqa: B008
+def strong_errors(drift, diffusion, exact, solver=sd.EulerMaruyama(), paths=1000):  # noqa: B008
     errors = []
     for level in LEVELS:
         eps, finest = brownian(level, paths)
@@ -139,10 +145,10 @@ def test_transition_with_a_batch_of_diffusions_only():
 def test_transitions_without_a_density():
     args = (tensor(0.0), tensor(0.1), tensor(0.0, 1.0))
     tall = sd.MatrixDiffusion(tensor(0.0, 1.0)[:, None])
-    with pytest.raises(sd.DiffusionError, match="1 noises for 2 states: .* Use SDEPath"):
+    with pytest.raises(sd.DiffusionError, match=r"1 noises for 2 states: .* Use SDEPath"):
         sd.EulerMaruyama().transition(lambda t, z: z, tall, *args)
     singular = sd.MatrixDiffusion(torch.zeros(2, 2, dtype=F64))
-    with pytest.raises(sd.DiffusionError, match="matrix is singular"):
+    with pytest.raises(sd.DiffusionError, match=r"matrix is singular"):
         sd.EulerMaruyama().transition(lambda t, z: z, singular, *args)
 
 
@@ -152,7 +158,7 @@ def test_solvers_are_values():
     assert sd.GaussianStep(mean=sd.RungeKutta4(2)) != sd.GaussianStep(mean=sd.RungeKutta4())
     assert {sd.EulerMaruyama(), sd.EulerMaruyama()} == {sd.EulerMaruyama()}
     for bad in (0, -1, 1.5):
-        with pytest.raises(sd.TimeError, match="`substeps` must be an integer of at least 1"):
+        with pytest.raises(sd.TimeError, match=r"`substeps` must be an integer of at least 1"):
             sd.RungeKutta4(substeps=bad)
 
 

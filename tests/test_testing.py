@@ -95,7 +95,7 @@ class DensityOfAnotherNoise(Own):
 class SamplesTooWide(Own):
     def rsample(self, sample_shape=()):
         wide = sd.SDEPath(PATHS["diagonal"][0], 1.05 * PATHS["diagonal"][1], *PATHS["diagonal"][2:])
-        return wide.rsample(torch.Size(sample_shape))
+        return wide.expand(self.batch_shape).rsample(torch.Size(sample_shape))
 
 
 class CopiesOnePath(Own):

@@ -188,4 +188,4 @@ def _total(found: Draws, which: str) -> Variable:
         list(found.latents.values()) if which == "q" else [*found.prior.values(), *found.observed.values()]
     )
     total = sum(_array(s.log_prob.double()).reshape(found.size, -1).sum(-1) for s in sites)
-    return Variable(("draw",), np.broadcast_to(np.asarray(total, dtype=float), (found.size,)))
+    return Variable(("draw",), np.zeros(found.size) + total)

@@ -130,7 +130,9 @@ class AmortizedGuide(nn.Module):
             self.model(*run.args, **run.kwargs)
         nodes = {n: s for n, s in tracer.trace.nodes.items() if s["type"] == "sample"}
         members = {n: s["value"] for n, s in nodes.items() if site_is_subsample(s)}
-        latents = {n: s for n, s in nodes.items() if not (s["is_observed"] or n in members or is_enumerated(s))}
+        latents = {
+            n: s for n, s in nodes.items() if not (s["is_observed"] or n in members or is_enumerated(s))
+        }
         frames = [f for s in nodes.values() for f in s["cond_indep_stack"] if f.vectorized]
         starts: dict[str, Start] = {}
         for name, site in latents.items():
@@ -175,7 +177,9 @@ class AmortizedGuide(nn.Module):
 
     # Posteriors.
 
-    def _posterior(self, name: str, prior: dist.TorchDistribution, place: Place, run: Run) -> dist.TorchDistribution:
+    def _posterior(
+        self, name: str, prior: dist.TorchDistribution, place: Place, run: Run
+    ) -> dist.TorchDistribution:
         if isinstance(prior, SDEPath):
             return self._guided(name, prior, place, run)
         if self.joint is not None and name in self.joint.slices:
@@ -235,7 +239,9 @@ class AmortizedGuide(nn.Module):
 
     def _path_site(self, name: str) -> PathSite:
         if _key(name) not in self.paths:
-            raise GuideError(f"path site '{name}' was not there when the guide first ran; it knew {self._known()}.")
+            raise GuideError(
+                f"path site '{name}' was not there when the guide first ran; it knew {self._known()}."
+            )
         return self.paths[_key(name)]
 
     def _potential(self, reached: PathReached, run: Run) -> tuple[Message, Tensor]:

@@ -49,7 +49,9 @@ class LatentNormal(dist.TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        return constraints.independent(self.transform.codomain, len(self.event_shape) - self.transform.codomain.event_dim)
+        return constraints.independent(
+            self.transform.codomain, len(self.event_shape) - self.transform.codomain.event_dim
+        )
 
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "LatentNormal":
         batch, size = torch.Size(batch_shape), self.loc.shape[-1:]

@@ -74,7 +74,9 @@ Posterior = Callable[[str, dist.TorchDistribution, Place, Run], dist.TorchDistri
 class AsGuide(Messenger):
     """Replaces latents by posteriors; hides what the guide does not sample."""
 
-    def __init__(self, run: Run, posterior: Posterior, sampled: Callable[[str, Any, Tensor, Place, Run], None]) -> None:
+    def __init__(
+        self, run: Run, posterior: Posterior, sampled: Callable[[str, Any, Tensor, Place, Run], None]
+    ) -> None:
         super().__init__()
         self.run, self.posterior, self.sampled = run, posterior, sampled
 
@@ -109,7 +111,9 @@ class AsGuide(Messenger):
 class Given(Messenger):
     """Runs the model with latents fixed: those sampled, and medians for those that come later."""
 
-    def __init__(self, run: Run, values: dict[str, Tensor], median: Callable[[str, Any, Place], Tensor | None]) -> None:
+    def __init__(
+        self, run: Run, values: dict[str, Tensor], median: Callable[[str, Any, Place], Tensor | None]
+    ) -> None:
         super().__init__()
         self.run, self.fixed, self.median = run, values, median
 
@@ -127,7 +131,9 @@ class Given(Messenger):
         elif isinstance(msg["fn"], SDEPath):
             msg.update(value=prior_mode(msg["fn"]), done=True)
         else:
-            value = self.median(name, msg["fn"], Place.of(name, tuple(msg["cond_indep_stack"]), self.run.members))
+            value = self.median(
+                name, msg["fn"], Place.of(name, tuple(msg["cond_indep_stack"]), self.run.members)
+            )
             if value is not None:
                 msg.update(value=value, done=True)
 

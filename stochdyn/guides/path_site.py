@@ -153,8 +153,8 @@ class PathSite(nn.Module):
     def _trouble(self, ts: Tensor, place: Place) -> str:
         if not place.fits(self.seen, 0):
             return (
-                f"path site '{place.name}': the guide holds messages for {tuple(self.seen.shape)} members of the plates, "
-                f"this run has plates {place.sizes()}. Use encoder=sd.GRUEncoder(...), or fit a new guide."
+                f"path site '{place.name}': the guide holds messages for {tuple(self.seen.shape)} members of the "
+                f"plates, this run has plates {place.sizes()}. Use encoder=sd.GRUEncoder(...), or fit a new guide."
             )
         points = self.grid.shape[-1]
         if ts.shape[-1] > points:
@@ -186,7 +186,9 @@ class PathSite(nn.Module):
             GuideError: if not learning, and the data are not those that the guide was trained on.
         """
         if self.numbers is None:
-            raise GuideError(f"path site '{place.name}': this guide was trained with an encoder, and has none now.")
+            raise GuideError(
+                f"path site '{place.name}': this guide was trained with an encoder, and has none now."
+            )
         if not bool(self.seen.any()):
             start = self.numbers[(0,) * (self.plates + 1)]
             return start, torch.ones((1,), dtype=torch.bool, device=start.device)
@@ -229,8 +231,8 @@ class PathSite(nn.Module):
             )
         if not any(frame.dim == -1 and frame.size == len(batch) for frame in place.frames):
             raise GuideError(
-                f"path site '{place.name}' stands in plates {place.sizes()}, and the encoder gives one encoding for each "
-                f"of {len(batch)} series. Sample it inside batch.plate('series'), or use encoder=None."
+                f"path site '{place.name}' stands in plates {place.sizes()}, and the encoder gives one encoding for "
+                f"each of {len(batch)} series. Sample it inside batch.plate('series'), or use encoder=None."
             )
         if self.head is None:
             raise GuideError(f"path site '{place.name}': this guide was made without an encoder.")

@@ -30,8 +30,8 @@ class Place:
             whole = frame.full_size is None or frame.size == frame.full_size
             if not whole and frame.name not in drawn:
                 raise GuideError(
-                    f"site '{name}': plate '{frame.name}' holds {frame.size} of {frame.full_size} members, but was made "
-                    "outside the model. Make it inside, e.g. with batch.plate('series')."
+                    f"site '{name}': plate '{frame.name}' holds {frame.size} of {frame.full_size} members, but was "
+                    "made outside the model. Make it inside, e.g. with batch.plate('series')."
                 )
             index = drawn.get(frame.name)
             members[frame.dim] = None if index is None or (whole and _in_order(index)) else index
@@ -69,7 +69,11 @@ class Place:
         out = []
         for axis in range(ndim):
             index = self.members.get(axis - ndim)
-            index = torch.arange(table.shape[axis], device=table.device) if index is None else index.to(table.device)
+            index = (
+                torch.arange(table.shape[axis], device=table.device)
+                if index is None
+                else index.to(table.device)
+            )
             out.append(index.reshape(*[1] * axis, -1, *[1] * (ndim - axis - 1)))
         return tuple(out)
 

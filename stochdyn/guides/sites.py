@@ -58,7 +58,9 @@ class Start:
 def free_shape(prior: dist.TorchDistribution) -> torch.Size:
     """The event shape of a latent in unconstrained space."""
     transform = biject_to(prior.support)
-    return torch.Size(transform.inverse_shape(prior.batch_shape + prior.event_shape)[len(prior.batch_shape) :])
+    return torch.Size(
+        transform.inverse_shape(prior.batch_shape + prior.event_shape)[len(prior.batch_shape) :]
+    )
 
 
 def prior_start(name: str, prior: dist.TorchDistribution, place: Place, draws: int = 200) -> Start:
@@ -90,7 +92,9 @@ def centre_and_spread(rows: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(rows.sum(0)), torch.ones_like(rows.sum(0))
     ordered = rows.sort(0).values
     spread = (ordered[(3 * n) // 4 - (n == 1)] - ordered[n // 4]) / 1.35
-    return ordered[n // 2], torch.where((spread > 0) & torch.isfinite(spread), spread, torch.ones_like(spread))
+    return ordered[n // 2], torch.where(
+        (spread > 0) & torch.isfinite(spread), spread, torch.ones_like(spread)
+    )
 
 
 class LocalNormal(nn.Module):
@@ -107,7 +111,9 @@ class LocalNormal(nn.Module):
         log_scale = (start.scale * family.init_scale).log()
         size = start.loc.shape[-1]
         full = isinstance(family, FullRank) and size > 1
-        return cls(start.loc.clone(), log_scale, start.loc.new_zeros(*start.loc.shape, size) if full else None)
+        return cls(
+            start.loc.clone(), log_scale, start.loc.new_zeros(*start.loc.shape, size) if full else None
+        )
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "LocalNormal":
@@ -131,7 +137,11 @@ class LocalNormal(nn.Module):
         if self.lower is not None:
             factor = torch.diag_embed(factor) + place.take(self.lower, 2).tril(-1)
         q = LatentNormal(
-            loc, factor, biject_to(prior.support), (prior.event_shape, free_shape(prior)), (loc.detach(), factor.detach())
+            loc,
+            factor,
+            biject_to(prior.support),
+            (prior.event_shape, free_shape(prior)),
+            (loc.detach(), factor.detach()),
         )
         batch = torch.broadcast_shapes(prior.batch_shape, q.batch_shape)
         return q if batch == q.batch_shape else q.expand(batch)

@@ -96,8 +96,8 @@ def _check_whole(site: dict[str, Any], value: Tensor, z: Tensor, place: Place) -
         if part and frame.name not in around and _depends(value, z):
             raise GuideError(
                 f"path site '{place.name}' is shared by the members of plate '{frame.name}', and this run holds "
-                f"{frame.size} of {frame.full_size}: messages from a part of the data are no bound of the evidence. Use "
-                "all data at every step (batch_size=None), or FreeMessage() without an encoder."
+                f"{frame.size} of {frame.full_size}: messages from a part of the data are no bound of the evidence. "
+                "Use all data at every step (batch_size=None), or FreeMessage() without an encoder."
             )
 
 

@@ -226,6 +226,7 @@ def at_times(path: Tensor, ts: Tensor, times: Tensor) -> Tensor | None:
     index = torch.searchsorted(ts, times).clamp(max=ts.shape[-1] - 1)
     if not torch.equal(ts.gather(-1, index), times):
         return None
+    path = path.reshape(len(path), *[1] * (len(shape) - len(batch)), *path.shape[1:])
     batch = torch.broadcast_shapes(batch, shape)
     path = path.expand(len(path), *batch, *path.shape[-2:])
     index = index.to(path.device)[..., None].expand(len(path), *batch, index.shape[-1], path.shape[-1])

@@ -1,5 +1,6 @@
 """Paths: Pyro distributions over whole trajectories."""
 
+from stochdyn.paths import kl
 from stochdyn.paths.filter import particle_evidence
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.message import Message

@@ -1,5 +1,3 @@
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib as mpl
@@ -15,7 +13,6 @@ from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
 from stochdyn.errors import DataError, ShapeError
 
 DRAWS, SERIES, TIME = 60, 2, 41
-PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
 
 
 @pytest.fixture(autouse=True)
@@ -220,13 +217,3 @@ def test_short_and_flat_traces_plot(trace):
 def test_bad_traces_are_refused(trace, per, error, message):
     with pytest.raises(error, match=message):
         plot_losses(trace, per=per)
-
-
-@pytest.mark.skipif(not PAGE.exists(), reason="an installed package has no docs")
-def test_the_snippets_of_the_page_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for snippet in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(snippet, names)
-    assert {file.name for file in tmp_path.iterdir()} == {"losses.png", "forecast.png", "phase.png", "fit.nc"}
-    assert "k-hat 0." in capsys.readouterr().out

@@ -64,7 +64,9 @@ def test_without_messages_it_is_far_from_the_posterior():
 def test_the_first_call_need_not_be_in_training():
     guide = sd.AmortizedGuide(ou)
     with torch.no_grad():
-        assert -Trace_ELBO().loss(ou, guide, RAGGED) == pytest.approx(ou_evidence(RAGGED).sum().item(), abs=1e-8)
+        assert -Trace_ELBO().loss(ou, guide, RAGGED) == pytest.approx(
+            ou_evidence(RAGGED).sum().item(), abs=1e-8
+        )
     guide = sd.AmortizedGuide(ou).eval()
     assert -Trace_ELBO().loss(ou, guide, RAGGED) == pytest.approx(ou_evidence(RAGGED).sum().item(), abs=1e-8)
 
@@ -239,7 +241,9 @@ class Learned(nn.Module):
 )
 def test_a_fresh_instance_loads_a_trained_state(message, encoder):
     def make(model):
-        return sd.AmortizedGuide(model, sd.GRUEncoder(1, hidden=4).double() if encoder else None, message=message)
+        return sd.AmortizedGuide(
+            model, sd.GRUEncoder(1, hidden=4).double() if encoder else None, message=message
+        )
 
     model = Learned()
     guide = make(model)
@@ -268,7 +272,9 @@ def test_names_that_modules_own_are_fine():
             z = pyro.sample("values", ou_path(grid.ts, rate, keys, 0.8))
             observe(grid, z, batch, 0.2)
 
-    assert torch.isfinite(elbos(model, sd.AmortizedGuide(model, latents=sd.MeanField()), RAGGED, draws=3)).all()
+    assert torch.isfinite(
+        elbos(model, sd.AmortizedGuide(model, latents=sd.MeanField()), RAGGED, draws=3)
+    ).all()
 
 
 # Other data than the guide was trained on.

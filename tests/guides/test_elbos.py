@@ -79,7 +79,9 @@ def test_every_elbo_gives_the_evidence(elbo):
     assert abs(exact + elbo.loss(ou, sd.AmortizedGuide(ou, message=sd.FreeMessage()), BATCH)) > 0.1
 
 
-@pytest.mark.parametrize("elbo", [TraceMeanField_ELBO(), TraceGraph_ELBO()], ids=lambda elbo: type(elbo).__name__)
+@pytest.mark.parametrize(
+    "elbo", [TraceMeanField_ELBO(), TraceGraph_ELBO()], ids=lambda elbo: type(elbo).__name__
+)
 def test_elbos_agree_with_local_latents(elbo):
     guide = sd.AmortizedGuide(local_theta)
     reference, error = mean_and_error(elbos(local_theta, guide, BATCH, draws=2000))
@@ -102,7 +104,9 @@ def outliers(batch, enumerate_="parallel"):
     """Every series is, with probability .2, seen with five times the noise."""
     grid = sd.TimeGrid(batch.times, substeps=3)
     with batch.plate("series"):
-        wild = pyro.sample("wild", dist.Bernoulli(torch.tensor(SHARE, dtype=F64)), infer={"enumerate": enumerate_})
+        wild = pyro.sample(
+            "wild", dist.Bernoulli(torch.tensor(SHARE, dtype=F64)), infer={"enumerate": enumerate_}
+        )
         z = pyro.sample("z", ou_path(grid.ts, OU["theta"], OU["mu"], OU["sigma"]))
         noise = OU["noise"] * (1 + 4 * wild)[..., None, None]
         observe(grid, z, batch, noise)

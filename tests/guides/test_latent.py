@@ -50,7 +50,9 @@ def test_density_is_that_of_the_transformed_normal(case, full):
     torch.testing.assert_close(q.log_prob(value), exact.log_prob(value))
     wrong = TransformedDistribution(base.expand(base.batch_shape), [])
     if case != "real":
-        assert (q.log_prob(value) - wrong.log_prob(q.free(value).reshape(2, 5, *q.free_shape))).abs().min() > 1e-6
+        assert (
+            q.log_prob(value) - wrong.log_prob(q.free(value).reshape(2, 5, *q.free_shape))
+        ).abs().min() > 1e-6
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -115,7 +115,9 @@ def test_the_mode_of_a_path_follows_its_messages():
     ts = torch.linspace(0, 1, 11, dtype=F64)
     path = ou_path(ts, 1.0, 0.0, 1.0)
     assert not prior_mode(path).any()
-    strong = prior_mode(path, sd.Message.at(torch.ones(11, 1, dtype=F64), torch.full((11, 1), 1e6, dtype=F64)))
+    strong = prior_mode(
+        path, sd.Message.at(torch.ones(11, 1, dtype=F64), torch.full((11, 1), 1e6, dtype=F64))
+    )
     torch.testing.assert_close(strong, torch.ones(11, 1, dtype=F64), atol=1e-3, rtol=0)
 
 

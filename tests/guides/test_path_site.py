@@ -115,7 +115,9 @@ def test_numbers_are_looked_up_by_time():
     between = 0.5 * (TS[:, :-1] + TS[:, 1:])
     later = torch.cat([TS[:, :1], between, TS[:, -1:] + 1.0], -1)
     numbers, valid = s.table_numbers(later, PLACE, signature, learning=False)
-    torch.testing.assert_close(numbers[:, 1:5, 0], TS[:, 1:].float().double())  # the next one that was learned
+    torch.testing.assert_close(
+        numbers[:, 1:5, 0], TS[:, 1:].float().double()
+    )  # the next one that was learned
     assert valid[:, :-1].all()
     assert not valid[:, -1].any()  # none after the last
 

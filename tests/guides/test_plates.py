@@ -21,7 +21,10 @@ def places(model):
 
 def model():
     pyro.sample("nowhere", dist.Normal(0.0, 1.0))
-    rows, columns = pyro.plate("row", 4, subsample=torch.tensor([2, 0]), dim=-2), pyro.plate("column", 3, dim=-1)
+    rows, columns = (
+        pyro.plate("row", 4, subsample=torch.tensor([2, 0]), dim=-2),
+        pyro.plate("column", 3, dim=-1),
+    )
     with rows:
         pyro.sample("r", dist.Normal(0.0, 1.0))
         with columns:

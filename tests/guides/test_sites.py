@@ -166,7 +166,10 @@ def test_latents_in_plates_are_mean_field():
     mean, sds = torch.linalg.solve(P, h), P.diagonal().rsqrt()
     with torch.no_grad():
         guide.joint.loc.copy_(mean[:1]), guide.joint.log_scale.copy_(sds[:1].log())
-        guide.locals["theta"].loc.copy_(mean[1:, None]), guide.locals["theta"].log_scale.copy_(sds[1:, None].log())
+        (
+            guide.locals["theta"].loc.copy_(mean[1:, None]),
+            guide.locals["theta"].log_scale.copy_(sds[1:, None].log()),
+        )
     gap = 0.5 * (P.diagonal().log().sum() - torch.logdet(P)).item()
     got, error = mean_and_error(elbos(hierarchical, guide, GROUPS, draws=20000))
     assert abs(got - (HIERARCHICAL_EVIDENCE - gap)) < 4 * error

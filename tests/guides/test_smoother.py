@@ -44,7 +44,9 @@ def predators(batch):
 
     with batch.plate("series"):
         start = dist.Normal(torch.zeros(2, dtype=F64), 0.5).to_event(1)
-        path = sd.SDEPath(drift, torch.full((2,), 0.2, dtype=F64), start, grid.ts, solver=sd.GaussianStep(mean=sd.Heun()))
+        path = sd.SDEPath(
+            drift, torch.full((2,), 0.2, dtype=F64), start, grid.ts, solver=sd.GaussianStep(mean=sd.Heun())
+        )
         z = pyro.sample("z", path)
         seen = dist.Normal(grid.observed(z), 0.2).mask(batch.mask).to_event(2)
         pyro.sample("y", seen, obs=batch.values)
@@ -56,19 +58,23 @@ PREY = sd.Series(
 )
 
 
-@pytest.mark.parametrize(("model", "data"), [(counts, COUNTS), (predators, PREY)], ids=["counts", "predators"])
+def with_bound(log_w):
+    """The ELBO, its standard error, and the importance-weighted bound from the same draws."""
+    assert torch.isfinite(log_w).all()
+    return *mean_and_error(log_w), log_w.logsumexp(0).item() - math.log(len(log_w))
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [(counts, COUNTS), (predators, PREY)], ids=["counts", "predators"]
+)
 def test_the_bound_is_tight_before_and_tighter_after_training(model, data):
     guide = sd.AmortizedGuide(model)
-    first = elbos(model, guide, data, draws=4000)
-    bound = torch.logsumexp(first, 0).item() - math.log(len(first))
-    mean, error = mean_and_error(first)
-    assert torch.isfinite(first).all()
-    assert mean + 4 * error < bound
-    assert bound - mean < 3.0
-    sd.fit(model, guide, data, steps=60, lr=0.03, progress=False)
-    after, other = mean_and_error(elbos(model, guide, data, draws=4000))
+    mean, error, bound = with_bound(elbos(model, guide, data, draws=1500))
+    assert mean + 4 * error < bound < mean + 6
+    sd.fit(model, guide, data, steps=120, lr=0.03, progress=False)
+    after, other, bound = with_bound(elbos(model, guide, data, draws=1500))
     assert after > mean + 4 * math.hypot(error, other)
-    assert after < bound + 4 * other + 0.1
+    assert after + 4 * other < bound < after + 2
     blind = sd.AmortizedGuide(model, message=sd.FreeMessage())
     assert elbos(model, blind, data, draws=1000).mean() < mean - 1
 
@@ -149,7 +155,9 @@ def test_a_part_of_other_data_is_fine():
         pyro.sample("x", dist.Normal(grid.observed(z), 0.1).to_event(2), obs=shared.values[0])
         with batch.plate("series"):
             level = z[..., -1, :] if batch.obs_dim == 2 else torch.zeros(1, dtype=F64)
-            seen = dist.Normal(level[..., None, :].expand(*level.shape[:-1], 4, batch.obs_dim), 1.0).to_event(2)
+            seen = dist.Normal(level[..., None, :].expand(*level.shape[:-1], 4, batch.obs_dim), 1.0).to_event(
+                2
+            )
             pyro.sample("y", seen, obs=batch.values)
 
     shared = sd.Series(torch.linspace(0, 1, 4), torch.randn(1, 4, 1, dtype=F64))

@@ -1,8 +1,6 @@
 """`fit` reaches exact posteriors with every kind of program, repeats itself, and refuses the impossible."""
 
 import math
-import re
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -353,12 +351,3 @@ def test_nothing_is_left_behind():
     assert list(pyro.get_param_store()) == ["mine"]
     assert pyro.infer.util.is_validation_enabled()
     assert guide.loc.grad is None
-
-
-def test_the_page_runs():
-    page = Path(__file__).parents[2] / "docs" / "fitting.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    namespace: dict = {}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
-    assert len(blocks) >= 4

@@ -102,14 +102,14 @@ def test_a_diffusion_that_vanishes_or_is_not_finite_later():
     with pytest.raises(sd.DiffusionError, match=r"series 0, time 0.75 \(step 3\): the diffusion is zero"):
         path.log_prob(z)
     path = build(diffusion=lambda t, z: torch.where(t < 0.3, 0.5, torch.nan) + 0 * z)
-    with pytest.raises(sd.DiffusionError, match="time 0.5 .step 2.: the diffusion is zero or not finite"):
+    with pytest.raises(sd.DiffusionError, match=r"time 0.5 .step 2.: the diffusion is zero or not finite"):
         path.log_prob(z)
     path = build(drift=lambda t, z: torch.where(t < 0.3, 0.5, torch.nan) + 0 * z)
-    with pytest.raises(sd.FieldError, match="time 0.5 .step 2.: the drift is not finite"):
+    with pytest.raises(sd.FieldError, match=r"time 0.5 .step 2.: the drift is not finite"):
         path.log_prob(z)
     eye = torch.eye(2, dtype=F64)
     path = build(diffusion=sd.MatrixDiffusion(lambda t, z: torch.where(t[..., None] < 0.6, eye, 0 * eye)))
-    with pytest.raises(sd.DiffusionError, match="singular|zero"):
+    with pytest.raises(sd.DiffusionError, match=r"singular|zero"):
         path.log_prob(z)
 
 
@@ -123,7 +123,7 @@ def test_an_exploding_drift_names_series_time_and_state():
     ):
         path.rsample()
     own = torch.stack([TS, 2 * TS, 3 * TS])
-    with pytest.raises(sd.DivergedError, match="series 1, time 1.5 .step 3."):
+    with pytest.raises(sd.DivergedError, match=r"series 1, time 1.5 .step 3."):
         build(drift=lambda t, z: z**9, initial=start, ts=own).rsample((4,))
     nested = build(drift=lambda t, z: z**9, initial=start[:, None].expand(3, 2, 2))
     with pytest.raises(sd.DivergedError, match=r"series \(1, 0\), time"):
@@ -137,9 +137,9 @@ def test_values_of_another_shape_are_refused_in_any_mode(validate):
     path = build(initial=torch.zeros(3, 2, dtype=F64), validate_args=validate)
     z = path.rsample()
     for wrong in (z[:, :2], z[:, :-1], torch.cat([z, z], -2), z[..., :1], z[0, 0]):
-        with pytest.raises((sd.ShapeError, ValueError), match="must end in"):
+        with pytest.raises((sd.ShapeError, ValueError), match=r"must end in"):
             path.log_prob(wrong)
-        with pytest.raises((sd.ShapeError, ValueError), match="must end in"):
+        with pytest.raises((sd.ShapeError, ValueError), match=r"must end in"):
             path.guided().log_prob(wrong)
     with pytest.raises(sd.ShapeError, match=r"value \(2,\), path \(3,\)"):
         path.log_prob(z[:2])
@@ -150,18 +150,18 @@ def test_another_start_is_refused_in_any_mode(validate):
     """NUTS switches validation off: a start that is a latent must not be left behind silently."""
     path = build(validate_args=validate)
     z = path.rsample()
-    with pytest.raises(sd.SupportError, match="starts up to 0.5 away from the path's known start"):
+    with pytest.raises(sd.SupportError, match=r"starts up to 0.5 away from the path's known start"):
         path.log_prob(z + 0.5)
-    with pytest.raises(sd.SupportError, match="starts up to 0.5 away"):
+    with pytest.raises(sd.SupportError, match=r"starts up to 0.5 away"):
         path.guided().log_prob(z + 0.5)
     z[0] = torch.nan
-    with pytest.raises((sd.SupportError, sd.DivergedError), match="known start|not finite"):
+    with pytest.raises((sd.SupportError, sd.DivergedError), match=r"known start|not finite"):
         path.log_prob(z)
 
 
 def test_values_of_another_dtype():
     path = build()
-    with pytest.raises(sd.DtypeError, match="The path is torch.float64, the value torch.float32"):
+    with pytest.raises(sd.DtypeError, match=r"The path is torch.float64, the value torch.float32"):
         path.log_prob(path.rsample().float())
 
 

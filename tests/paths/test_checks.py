@@ -47,9 +47,9 @@ def test_times_refused(ts, message):
 def test_unix_seconds_are_refused_for_single_precision_states_and_fine_for_double():
     ts = 1.7e9 + torch.arange(4, dtype=F64) * 60
     assert path_on(ts).log_prob(path_on(ts).rsample()).isfinite()
-    with pytest.raises(sd.TimeError, match="cannot be told apart in torch.float32"):
+    with pytest.raises(sd.TimeError, match=r"cannot be told apart in torch.float32"):
         path_on(ts, torch.float32)
-    with pytest.raises(sd.TimeError, match="with steps down to 0.0005 cannot be told apart"):
+    with pytest.raises(sd.TimeError, match=r"with steps down to 0.0005 cannot be told apart"):
         path_on(20000 + torch.arange(3, dtype=F64) * 5e-4, torch.float32)
 
 
@@ -92,7 +92,7 @@ def test_contexts_and_batches_that_do_not_fit(validate):
         path_on(ts.expand(3, 4), context=torch.zeros(2, 5, dtype=F64), validate_args=validate)
     with pytest.raises(sd.ShapeError, match=r"initial_and_ts \(3,\), context \(3, 5\)"):
         path_on(ts.expand(3, 4), context=torch.zeros(3, 5, 2, dtype=F64), validate_args=validate)
-    with pytest.raises(sd.ShapeError, match="`context` must be a tensor of shape .*got float"):
+    with pytest.raises(sd.ShapeError, match=r"`context` must be a tensor of shape .*got float"):
         path_on(ts, context=1.0, validate_args=validate)
     with pytest.raises(sd.ShapeError, match=r"initial \(2,\), ts \(3,\)"):
         sd.SDEPath(

@@ -1,6 +1,7 @@
 """Guided paths: their density, the exact gap of a guide without a covariance of its own, and the gradient."""
 
 import math
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -249,7 +250,7 @@ class TestGradient:
         assert flat[2] < 1.5 * flat[0]
         assert flat[2] < 5.0
         growing = [self.gradient_spread(n, detached=True) for n in (5, 20, 80)]
-        for before, after in zip(growing, growing[1:], strict=False):
+        for before, after in pairwise(growing):
             assert 1.6 < after / before < 2.4
         assert growing[2] > 8 * flat[2]
 
@@ -339,36 +340,36 @@ class TestRefusals:
         ones = torch.ones(4, 2)
         with pytest.raises(sd.GuideError, match=r"message is torch.float32, the path torch.float64"):
             self.path.guided((ones, ones))
-        with pytest.raises(sd.ShapeError, match="precision must have shape"):
+        with pytest.raises(sd.ShapeError, match=r"precision must have shape"):
             self.path.guided((ones.double(), torch.ones(4, 3, 3, dtype=F64)))
-        with pytest.raises(sd.GuideError, match="must be a Message or a tuple"):
+        with pytest.raises(sd.GuideError, match=r"must be a Message or a tuple"):
             self.path.guided(ones.double())
         wide = self.path.expand([3])
         ones = torch.ones(2, 4, 2, dtype=F64)
         with pytest.raises(sd.ShapeError, match=r"path \(3,\), message \(2,\)"):
             wide.guided((ones, ones))
-        with pytest.raises(sd.GuideError, match="stands in for `message`"):
+        with pytest.raises(sd.GuideError, match=r"stands in for `message`"):
             self.path.guided(score_message=sd.Message(ones, ones))
 
     def test_controls(self):
         with pytest.raises(sd.ShapeError, match=r"control returned \(3,\), expected \(..., noise=2\)"):
             self.path.guided(control=lambda t, z: z.new_zeros(3))
-        with pytest.raises(sd.FieldError, match="control must be callable"):
+        with pytest.raises(sd.FieldError, match=r"control must be callable"):
             self.path.guided(control=torch.ones(2))
-        with pytest.raises(sd.FieldError, match="control failed on t of shape"):
+        with pytest.raises(sd.FieldError, match=r"control failed on t of shape"):
             self.path.guided(control=lambda t, z: z @ torch.ones(5, dtype=F64))
-        with pytest.raises(sd.DtypeError, match="control returned torch.float32"):
+        with pytest.raises(sd.DtypeError, match=r"control returned torch.float32"):
             self.path.guided(control=lambda t, z: z.float())
 
         def unwritten(t, z):
             raise NotImplementedError("later")
 
-        with pytest.raises(sd.FieldError, match="control raised NotImplementedError: later"):
+        with pytest.raises(sd.FieldError, match=r"control raised NotImplementedError: later"):
             self.path.guided(control=unwritten)
 
     def test_a_precision_that_is_not_positive(self):
         J = -1e3 * torch.eye(2, dtype=F64).expand(4, 2, 2)
-        with pytest.raises(sd.DivergedError, match="not positive definite"):
+        with pytest.raises(sd.DivergedError, match=r"not positive definite"):
             self.path.guided(sd.Message(torch.zeros(4, 2, dtype=F64), J)).rsample()
-        with pytest.raises(sd.DivergedError, match="series 0, time 0.333333"):
+        with pytest.raises(sd.DivergedError, match=r"series 0, time 0.333333"):
             self.path.guided(sd.Message(torch.zeros(4, 2, dtype=F64), J.diagonal(dim1=-2, dim2=-1))).rsample()

@@ -80,11 +80,11 @@ def test_a_wide_factor_that_is_zero_stays_zero_and_has_gradients():
 
 def test_singular_matrices():
     ones = torch.ones(2, 2, dtype=F64)
-    with pytest.raises(sd.DiffusionError, match="matrix is singular .*linearly independent"):
+    with pytest.raises(sd.DiffusionError, match=r"matrix is singular .*linearly independent"):
         MatrixNoise(ones).solve(ones[0])
-    with pytest.raises(sd.DiffusionError, match="singular"):
+    with pytest.raises(sd.DiffusionError, match=r"singular"):
         MatrixNoise(torch.zeros(3, 2, dtype=F64)).solve(torch.zeros(3, dtype=F64))
-    with pytest.raises(sd.DiffusionError, match="singular"):
+    with pytest.raises(sd.DiffusionError, match=r"singular"):
         square_factor(torch.ones(2, 3, dtype=F64))
-    with pytest.raises(sd.DivergedError, match="must be positive semi-definite and finite"):
+    with pytest.raises(sd.DivergedError, match=r"must be positive semi-definite and finite"):
         MatrixNoise(ones).twist(-10 * torch.eye(2, dtype=F64), False)

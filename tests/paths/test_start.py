@@ -124,5 +124,5 @@ def test_refusals(initial, error, message):
 
 
 def test_a_start_that_is_not_finite():
-    with pytest.raises(sd.DivergedError, match="`initial` is not finite"):
+    with pytest.raises(sd.DivergedError, match=r"`initial` is not finite"):
         path_from(tensor(math.nan))

@@ -116,5 +116,5 @@ def test_support_refuses_what_cannot_come_from_the_path():
     wrong = z.clone()
     wrong[1, 0] = torch.nan
     assert not path.support.check(wrong)
-    with pytest.raises(sd.DivergedError, match="series 0, time 0.1 .step 1.: the path is not finite"):
+    with pytest.raises(sd.DivergedError, match=r"series 0, time 0.1 .step 1.: the path is not finite"):
         path.log_prob(wrong)
