@@ -146,7 +146,8 @@ def _series(found: Draws, data: Series) -> tuple[tuple[str, ...], dict[str, Any]
         shape = site.value.shape[1 : 1 + len(site.plates)]
         if shape and shape.numel() == len(data):
             plates = _plates(site.name, site.plates)
-            coordinates |= {} if len(plates) > 1 else {plates[0]: list(data.ids)}
+            if len(plates) == 1:
+                coordinates[plates[0]] = list(data.ids)
             own = times if times.ndim == 1 else Variable((*plates, "time"), times.reshape(*shape, -1))
             return plates, coordinates | {"time": own}
     return (), coordinates | ({"time": times} if times.ndim == 1 else {})

@@ -73,7 +73,7 @@ class AmortizedGuide(nn.Module):
         >>> guide = sd.AmortizedGuide(model)
         >>> loss = Trace_ELBO().differentiable_loss(model, guide, batch)
         >>> sorted(name for name, _ in guide.named_parameters())
-        ['joint.log_scale', 'joint.loc', 'joint.lower', 'paths.z.numbers']
+        ['joint.loc', 'joint.log_scale', 'joint.lower', 'paths.z.numbers']
     """
 
     def __init__(

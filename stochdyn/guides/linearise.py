@@ -20,8 +20,8 @@ def likelihood_message(log_likelihood: Callable[[Tensor], Tensor], around: Tenso
 
     Example:
         >>> m = likelihood_message(lambda z: -0.5 * ((z[..., 1, 0] - 3.0) / 0.5).square().sum(), torch.zeros(3, 1))
-        >>> m.information[:, 0], m.precision[:, 0, 0]
-        (tensor([ 0., 12.,  0.]), tensor([0., 4., 0.]))
+        >>> m.information[:, 0].tolist(), m.precision[:, 0, 0].tolist()
+        ([0.0, 12.0, 0.0], [0.0, 4.0, 0.0])
     """
     differentiable = torch.is_grad_enabled()
     state = around.shape[-1]

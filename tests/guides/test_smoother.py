@@ -65,13 +65,17 @@ def with_bound(log_w):
 
 
 @pytest.mark.parametrize(
-    ("model", "data"), [(counts, COUNTS), (predators, PREY)], ids=["counts", "predators"]
+    ("model", "data"),
+    [
+        pytest.param(counts, COUNTS, id="counts"),
+        pytest.param(predators, PREY, id="predators", marks=pytest.mark.slow),
+    ],
 )
 def test_the_bound_is_tight_before_and_tighter_after_training(model, data):
     guide = sd.AmortizedGuide(model)
     mean, error, bound = with_bound(elbos(model, guide, data, draws=1500))
     assert mean + 4 * error < bound < mean + 6
-    sd.fit(model, guide, data, steps=120, lr=0.03, progress=False)
+    sd.fit(model, guide, data, steps=60, lr=0.03, progress=False)
     after, other, bound = with_bound(elbos(model, guide, data, draws=1500))
     assert after > mean + 4 * math.hypot(error, other)
     assert after + 4 * other < bound < after + 2

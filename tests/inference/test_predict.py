@@ -32,6 +32,14 @@ def smoothed(times, values, seen, substeps=5):
     return mean + gain @ (values[seen] - mean[seen]), cov - gain @ cov[seen]
 
 
+def moments(found, seen=None, i=0, substeps=5):
+    """Mean and variance at the real times of a series, given all that was seen of it or a part."""
+    n = int(found.data.lengths[i])
+    rows = found.times.expand(len(found.data), -1)[i, :n], found.data.values[i, :n, 0]
+    mean, cov = smoothed(*rows, found.data.mask[i, :n, 0] if seen is None else seen, substeps)
+    return mean, cov.diagonal()
+
+
 def agrees(draws, mean, variance, errors=4.0):
     """(draw, time): the mean and the variance, each within standard errors of independent normal draws."""
     n = len(draws)
@@ -55,15 +63,13 @@ def test_smoothing_forecast_and_imputation_are_those_of_the_chain():
     data = oracle(mask)
     found = exact(data, ts=[0.5, 2.2, *AHEAD])
     assert found.times.tolist() == [0.1, 0.25, 0.5, 0.7, 0.75, 1.5, 1.9, 2.2, 2.6, 3.0, 3.4, 4.0]
-    seen = found.data.mask[0, :, 0]
-    mean, cov = smoothed(found.times, found.data.values[0, :, 0], seen)
-    assert agrees(found.states[:, 0, :, 0], mean, cov.diagonal()) == (True, True)
-    assert agrees(found.observations[:, 0, :, 0], mean, cov.diagonal() + OU["noise"] ** 2) == (True, True)
+    seen, (mean, variance) = found.data.mask[0, :, 0], moments(found)
+    assert agrees(found.states[:, 0, :, 0], mean, variance) == (True, True)
+    assert agrees(found.observations[:, 0, :, 0], mean, variance + OU["noise"] ** 2) == (True, True)
     # The controls: the filter's answer without the later data; observations without their noise.
     blind = seen & (torch.arange(len(seen)) < 5)
-    assert not any(agrees(found.states[:, 0, :, 0], *(x if x.dim() == 1 else x.diagonal() for x in smoothed(
-        found.times, found.data.values[0, :, 0], blind))))  # fmt: skip
-    assert not agrees(found.observations[:, 0, :, 0], mean, cov.diagonal())[1]
+    assert agrees(found.states[:, 0, :, 0], *moments(found, blind)) == (False, False)
+    assert not agrees(found.observations[:, 0, :, 0], mean, variance)[1]
 
 
 def test_smoothing_on_a_fine_grid_is_the_continuous_answer():
@@ -97,19 +103,13 @@ def test_a_forecast_runs_on_from_the_last_state_by_itself():
         assert agrees(rest, zero, spread) == (True, True)
         # Uncorrelated with the state before.
         assert abs(torch.corrcoef(torch.stack([rest, before]))[0, 1]) < 4 / math.sqrt(DRAWS)
-    # The control: a forecast that saw one more observation is narrower.
-    _, free = smoothed(found.times, found.data.values[0, :, 0], found.data.mask[0, :, 0])
+    mean, variance = moments(found)
+    assert agrees(states[:, 8:], mean[8:], variance[8:]) == (True, True)
+    # The control: a path that saw one more observation is narrower.
     told = found.data.mask[0, :, 0].clone()
     told[8] = True
-    assert not agrees(states, *(x if x.dim() == 1 else x.diagonal() for x in smoothed(
-        found.times, found.data.values[0, :, 0], told)))[1]  # fmt: skip
-    assert agrees(states[:, 8:], *smoothed_tail(found)) == (True, True)
-    assert free[8, 8] > 2 * free[7, 7]
-
-
-def smoothed_tail(found):
-    mean, cov = smoothed(found.times, found.data.values[0, :, 0], found.data.mask[0, :, 0])
-    return mean[8:], cov.diagonal()[8:]
+    assert moments(found, told)[1][8] < 0.5 * variance[8]
+    assert not agrees(states, *moments(found, told))[1]
 
 
 def test_ragged_series_at_their_own_times():
@@ -125,8 +125,7 @@ def test_ragged_series_at_their_own_times():
     for i, times in enumerate(([0.0, 0.3, 0.8, 1.1, 2.0], [0.4, 0.8, 2.0])):
         n = len(times)
         assert found.times[i, :n].tolist() == times
-        mean, cov = smoothed(found.times[i, :n], found.data.values[i, :n, 0], found.data.mask[i, :n, 0])
-        assert agrees(found.states[:, i, :n, 0], mean, cov.diagonal()) == (True, True)
+        assert agrees(found.states[:, i, :n, 0], *moments(found, i=i)) == (True, True)
 
 
 def test_quantiles():
@@ -188,12 +187,11 @@ def test_an_encoder_forecasts_series_never_seen():
     end = float(new.times.max()) + 1
     found = sd.predict(fit, new, ts=[end], draws=DRAWS)
     for i in range(3):
-        seen = found.data.mask[i, :, 0]
-        n = int(found.data.lengths[i])
-        mean, cov = smoothed(found.times[i, :n], found.data.values[i, :n, 0], seen[:n], substeps=2)
+        mean, variance = moments(found, i=i, substeps=2)
+        states = found.states[:, i, : len(mean), 0]
         # Three steps moved the messages a little; the exact start is within .02.
-        assert ((found.states[:, i, :n, 0].mean(0) - mean).abs() < 0.1).all()
-        assert (found.states[:, i, :n, 0].std(0) / cov.diagonal().sqrt() - 1).abs().max() < 0.1
+        assert ((states.mean(0) - mean).abs() < 0.1).all()
+        assert (states.std(0) / variance.sqrt() - 1).abs().max() < 0.1
     without = sd.AmortizedGuide(amortised)
     fit = sd.fit(amortised, without, train, steps=1, progress=False)
     with pytest.raises(sd.GuideError, match=r"encoder=sd\.GRUEncoder"):
