@@ -7,4 +7,17 @@ from stochdyn.inference.predict import Prediction, predict
 from stochdyn.inference.result import Fit
 from stochdyn.inference.schedule import Constant, Decay, Linear, Schedule
 
-__all__ = ["ELBO", "AbstractObjective", "Constant", "Decay", "Evidence", "Fit", "Linear", "Prediction", "Schedule", "evidence", "fit", "predict"]
+__all__ = [
+    "ELBO",
+    "AbstractObjective",
+    "Constant",
+    "Decay",
+    "Evidence",
+    "Fit",
+    "Linear",
+    "Prediction",
+    "Schedule",
+    "evidence",
+    "fit",
+    "predict",
+]
