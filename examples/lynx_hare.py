@@ -67,6 +67,8 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     out.mkdir(parents=True, exist_ok=True)
     forecast = sd.predict(fit, data, ts=torch.arange(1921.0, 1931.0), draws=draws)
     axes = sd.plot_forecast(forecast, time_label="year")
+    for axis, name in zip(axes, data.channels, strict=True):
+        axis.set_ylabel(f"{name} pelts (thousands)")
     axes[0].figure.savefig(out / "lynx_hare.png", dpi=150)
     idata.to_netcdf(str(out / "lynx_hare.nc"))
     print(f"Wrote {out / 'lynx_hare.png'} and {out / 'lynx_hare.nc'}")

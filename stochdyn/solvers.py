@@ -218,14 +218,14 @@ class EulerMaruyama(AbstractKernel):
         return z + drift(t, z) * dt
 
 
-def check_kernel(solver: object) -> AbstractKernel:
+def as_kernel(solver: object) -> AbstractKernel:
     """Refuse what has no transition density.
 
     Raises:
         FieldError: with the object to write instead.
 
     Example:
-        >>> check_kernel(EulerMaruyama())
+        >>> as_kernel(EulerMaruyama())
         EulerMaruyama()
     """
     if isinstance(solver, AbstractKernel):

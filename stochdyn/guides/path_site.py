@@ -190,8 +190,8 @@ class PathSite(nn.Module):
                 f"path site '{place.name}': this guide was trained with an encoder, and has none now."
             )
         if not bool(self.seen.any()):
-            start = self.numbers[(0,) * (self.plates + 1)]
-            return start, torch.ones((1,), dtype=torch.bool, device=start.device)
+            start = self.numbers[(0,) * (self.plates + 1)].expand(ts.shape[-1], -1)
+            return start, torch.ones(ts.shape[-1], dtype=torch.bool, device=start.device)
         if not learning:
             self._check_data(place, signature)
         table, stored = place.take(self.numbers, 2), place.take(self.grid, 1)

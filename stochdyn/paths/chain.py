@@ -17,7 +17,7 @@ from stochdyn.paths.checks import (
 )
 from stochdyn.paths.noise import AbstractNoise, DiagonalNoise, MatrixNoise
 from stochdyn.paths.start import AbstractStart, KnownStart
-from stochdyn.solvers import AbstractKernel, check_kernel
+from stochdyn.solvers import AbstractKernel, as_kernel
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -52,7 +52,7 @@ class Chain:
         *,
         validate: bool = True,
     ) -> None:
-        self.drift, self.diffusion, self.solver = drift, diffusion, check_kernel(solver)
+        self.drift, self.diffusion, self.solver = drift, diffusion, as_kernel(solver)
         self.context, self.validate = context, validate
         self.ts = check_times(ts, validate)
         self.steps, self.state_dim = self.ts.shape[-1] - 1, start.state_dim

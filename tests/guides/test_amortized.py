@@ -89,7 +89,6 @@ def test_trained_from_nothing_it_reaches_the_evidence():
     guide = sd.AmortizedGuide(ou, message=sd.FreeMessage())
     trained(ou, guide, batch, steps=1500, lr=0.05)
     mean, error = mean_and_error(elbos(ou, guide, batch, draws=2000))
-    print("FREE", exact - mean, error)
     assert mean > exact - 0.01
     assert mean < exact + 4 * error + 1e-9
 
@@ -123,7 +122,6 @@ def test_a_rotation_needs_full_messages():
     guide = sd.AmortizedGuide(rotating, message=sd.FreeMessage(rank=0))
     trained(rotating, guide, TURNING, steps=1500, lr=0.05)
     mean, error = mean_and_error(elbos(rotating, guide, TURNING, draws=2000))
-    print("DIAG", exact - mean, error)
     assert mean + 4 * error < exact - 0.1
 
 

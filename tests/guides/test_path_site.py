@@ -1,6 +1,7 @@
 """What a guide stores of a path: which data are its own, how the estimate follows, which messages it finds."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -139,3 +140,18 @@ def test_a_state_dict_tells_all_shapes():
         twin.load_state_dict(s.state_dict())
         for name, value in s.state_dict().items():
             assert torch.equal(twin.state_dict()[name].nan_to_num(), value.nan_to_num())
+
+
+def test_free_messages_that_never_saw_data_can_be_evaluated():
+    batch = sd.Series([0.0, 0.5, 1.0], torch.zeros(4, 3, 1), dtype=F64)
+
+    def model(batch):
+        grid = sd.TimeGrid(batch.times)
+        with batch.plate("series"):
+            start = dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1)
+            z = pyro.sample("z", sd.SDEPath(lambda t, z: -z, torch.ones(1, dtype=F64), start, grid.ts))
+            seen = dist.Normal(grid.observed(z), 0.1).mask(batch.mask).to_event(2)
+            pyro.sample("y", seen, obs=batch.values)
+
+    guide = sd.AmortizedGuide(model, message=sd.FreeMessage()).eval()
+    assert guide(batch)["z"].shape == (4, 11, 1)
