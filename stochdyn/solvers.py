@@ -8,6 +8,7 @@ first-order mean biases them); `EulerMaruyama()` for learned drifts, at half the
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -79,7 +80,13 @@ class RungeKutta4(AbstractMean):
 
 
 class AbstractKernel(ABC):
-    """A solver with a transition density."""
+    """A solver with a transition density.
+
+    `noise_is_diffusion` says that G depends on the diffusion and the step alone, neither on drift nor state; with a
+    constant diffusion all steps then share one computation.
+    """
+
+    noise_is_diffusion: ClassVar[bool] = False
 
     @abstractmethod
     def step(
@@ -169,6 +176,7 @@ class GaussianStep(AbstractKernel):
         torch.Size([6, 1])
     """
 
+    noise_is_diffusion: ClassVar[bool] = True
     mean: AbstractMean = field(default_factory=Heun)
 
     def step(
@@ -202,6 +210,8 @@ class EulerMaruyama(AbstractKernel):
         >>> sd.EulerMaruyama() == sd.EulerMaruyama()
         True
     """
+
+    noise_is_diffusion: ClassVar[bool] = True
 
     def step(
         self,

@@ -1,6 +1,7 @@
 """Kernels: strong orders, the order of their mean, their transition densities; each order with a control."""
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import pyro.distributions as dist
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import stochdyn as sd
+from stochdyn.solvers import AbstractKernel
 
 F64 = torch.float64
 LEVELS = range(3, 8)
@@ -168,3 +170,26 @@ def test_solvers_are_values():
 def test_a_step_of_no_length_stays(solver):
     z = tensor(0.3, 0.4)
     assert torch.equal(solver.advance(lambda t, z: z.exp(), tensor(0.3), tensor(0.0), z), z)
+
+
+@dataclass(frozen=True)
+class LocallyLinear(AbstractKernel):
+    """Exact for a linear drift: its noise depends on the drift's slope, so it cannot be shared."""
+
+    def step(self, drift, diffusion, t, dt, z, context):
+        slope = drift(t, torch.ones_like(z)) - drift(t, torch.zeros_like(z))
+        scale = ((2 * slope * dt).expm1() / (2 * slope)).sqrt()
+        return self.advance(drift, t, dt, z), diffusion(t, z, context) * scale
+
+    def advance(self, drift, t, dt, z):
+        slope = drift(t, torch.ones_like(z)) - drift(t, torch.zeros_like(z))
+        return z * (slope * dt).exp()
+
+
+def test_a_kernel_whose_noise_depends_on_the_drift_is_sampled_from_its_own_law():
+    torch.manual_seed(0)
+    ts = torch.linspace(0, 2, 3, dtype=torch.float64)
+    g = torch.full((1,), 0.7, dtype=torch.float64)
+    path = sd.SDEPath(lambda t, z: -2 * z, g, torch.zeros(1).double(), ts, solver=LocallyLinear())
+    xi = path.chain.steps_of(path.rsample((4000,)))[2]
+    assert abs(xi.std().item() - 1) < 4 / (2 * 8000) ** 0.5

@@ -18,6 +18,7 @@ from stochdyn.guides.passes import (
     PathReached,
     PathsWithoutNoise,
     Run,
+    check_masked,
     emit_parameters,
     is_enumerated,
     own_randomness,
@@ -129,6 +130,7 @@ class AmortizedGuide(nn.Module):
         with own_randomness(), poutine.block(), poutine.trace() as tracer, PathsWithoutNoise():
             self.model(*run.args, **run.kwargs)
         nodes = {n: s for n, s in tracer.trace.nodes.items() if s["type"] == "sample"}
+        check_masked(nodes, run.args)
         members = {n: s["value"] for n, s in nodes.items() if site_is_subsample(s)}
         latents = {
             n: s for n, s in nodes.items() if not (s["is_observed"] or n in members or is_enumerated(s))
@@ -226,15 +228,18 @@ class AmortizedGuide(nn.Module):
         elif self.encoder is not None:
             around = site.centre
         else:
-            around = self._around(PathReached(name, prior, place), run, lambda: prior_mode(prior))
+            # The call stores the grid; the centre is a constant, so that the messages mean the same on any grid.
+            self._around(PathReached(name, prior, place), run, lambda: prior_mode(prior))
+            around = site.centre
         if self.encoder is None:
             signature = site.signature_of(run.args, prior.batch_shape)
             numbers, valid = site.table_numbers(prior.ts, place, signature, learning=self._learning())
+            seen_by_score = numbers.detach()
         else:
-            numbers, valid = site.encoded_numbers(self.encoder, prior, place, run)
+            numbers, seen_by_score, valid = site.encoded_numbers(self.encoder, prior, place, run)
         build = self.message.build
         message = masked(build(numbers, site.unit, around, base), valid)
-        score = masked(build(numbers.detach(), site.unit, around, base), valid)
+        score = masked(build(seen_by_score, site.unit, around, base), valid)
         return prior.guided(message, score_message=score)
 
     def _path_site(self, name: str) -> PathSite:

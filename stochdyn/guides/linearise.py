@@ -12,7 +12,8 @@ def likelihood_message(log_likelihood: Callable[[Tensor], Tensor], around: Tenso
     """Expand a log likelihood to second order around a path, one block per time.
 
     Exact for Gaussian observations of linear functions of the state. Where the likelihood is not log-concave the
-    curvature is shifted until it is; coupling between times is left out (both only make the message a worse start).
+    curvature is shifted until it is. Where it couples times or series, the block of a time gets the sum of its row,
+    far too much or too little: the message is then a poor start, never a wrong bound.
 
     Args:
         log_likelihood: path (*batch, time, state) -> the sum over everything observed.

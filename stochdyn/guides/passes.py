@@ -5,7 +5,7 @@ model (by an exception), asks what the likelihood of the path would be, and runs
 that were already sampled; so a message may depend on everything sampled before the path.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,8 @@ from pyro.poutine.runtime import apply_stack
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from stochdyn.data import Series
+from stochdyn.errors import GuideError
 from stochdyn.guides.plates import Place
 from stochdyn.guides.sites import Residuals
 from stochdyn.paths import Message, SDEPath
@@ -143,7 +145,39 @@ class PathsWithoutNoise(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if isinstance(msg["fn"], SDEPath) and not msg["is_observed"]:
-            msg.update(value=prior_mode(msg["fn"]), done=True)
+            value = prior_mode(msg["fn"])
+            msg["fn"].chain.check_finite(value)
+            msg.update(value=value, done=True)
+
+
+def check_masked(nodes: Mapping[str, Any], args: tuple[Any, ...]) -> None:
+    """Refuse a model that observes the batch's values without its mask: what stands in for a missing value would count.
+
+    Raises:
+        GuideError: naming the site and the line to write.
+    """
+    batch = args[0] if args else None
+    if not isinstance(batch, Series) or bool(batch.mask.all()):
+        return
+    for name, site in nodes.items():
+        if (
+            site["is_observed"]
+            and site["value"] is batch.values
+            and site["mask"] is None
+            and not _is_masked(site["fn"])
+        ):
+            raise GuideError(
+                f"site '{name}' observes batch.values, of which {int((~batch.mask).sum())} are missing, without a "
+                "mask: what stands in for them would count as data. Write .mask(batch.mask).to_event(2)."
+            )
+
+
+def _is_masked(fn: Any) -> bool:
+    while not hasattr(fn, "_mask"):
+        if not hasattr(fn, "base_dist"):
+            return False
+        fn = fn.base_dist
+    return True
 
 
 def prior_mode(path: SDEPath, message: Message | None = None) -> Tensor:

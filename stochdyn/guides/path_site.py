@@ -217,8 +217,9 @@ class PathSite(nn.Module):
 
     def encoded_numbers(
         self, encoder: AbstractEncoder, prior: SDEPath, place: Place, run: Run
-    ) -> tuple[Tensor, Tensor]:
-        """The numbers from the encoder (*batch, time, numbers), and where an observation follows (*batch, time).
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The numbers from the encoder (*batch, time, numbers), the same with only the guide's own parameters
+        detached, and where an observation follows (*batch, time).
 
         Raises:
             GuideError: if the data are not a `Series`, or the path is not in the plate over its series.
@@ -241,6 +242,12 @@ class PathSite(nn.Module):
         dt = torch.nn.functional.pad(prior.ts.diff(dim=-1), (0, 1)).to(ahead).expand(ahead.shape)
         upstream = run.upstream(place)
         lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], encoding.shape[:-2])
-        parts = [p.expand(*lead, *p.shape[-2:]) for p in (encoding, torch.stack([ahead, dt], -1))]
-        parts += [v[..., None, :].expand(*lead, encoding.shape[-2], v.shape[-1]) for v in upstream]
-        return self.head(torch.cat(parts, -1)), valid
+        rest = [torch.stack([ahead, dt], -1)] + [v[..., None, :] for v in upstream]
+        rest = [p.expand(*lead, encoding.shape[-2], p.shape[-1]) for p in rest]
+        encoding = encoding.expand(*lead, *encoding.shape[-2:])
+        numbers = self.head(torch.cat([encoding, *rest], -1))
+        if not upstream:
+            return numbers, numbers.detach(), valid
+        own = {name: p.detach() for name, p in self.head.named_parameters()}
+        score = torch.func.functional_call(self.head, own, torch.cat([encoding.detach(), *rest], -1))
+        return numbers, score, valid

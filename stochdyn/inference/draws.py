@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from stochdyn.data import Series
-from stochdyn.errors import FitError, GuideError
+from stochdyn.errors import FitError, GuideError, StochdynError
 from stochdyn.inference import scopes
 from stochdyn.inference.parameters import modules_of
 from stochdyn.inference.result import Fit
@@ -119,6 +119,8 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
     if draws < 1:
         raise FitError(f"`draws` must be at least 1, got {draws}.")
     nesting = plate_nesting(guide, model, data)
+    if draws > 1:
+        _check_broadcasts(guide, model, data, nesting)
     with pyro.plate("_draws", draws, dim=-nesting - 1):
         guide_trace = poutine.trace(guide).get_trace(data)
         model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(data)
@@ -137,6 +139,23 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
         elif is_deterministic(site):
             deterministic[name] = _deterministic(site, draws, nesting)
     return Draws(latents, prior, observed, deterministic, nesting, draws)
+
+
+def _check_broadcasts(guide: Callable[..., Any], model: Callable[..., Any], data: Any, nesting: int) -> None:
+    """Try a number of draws that no plate has: a parameter on the wrong dimension would pass where they agree."""
+    count = next(n for n in (3, 5, 7, 11) if n not in {len(data) if isinstance(data, Series) else 0})
+    with poutine.block(), torch.random.fork_rng(devices=[]), pyro.plate("_draws", count, dim=-nesting - 1):
+        try:
+            trace = poutine.trace(guide).get_trace(data)
+            poutine.replay(model, trace)(data)
+        except StochdynError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            raise GuideError(
+                f"The model works on one draw, and fails on {count} at once: {str(error).splitlines()[0]}. A latent "
+                "then has a dimension for the draws on the left, so write theta[..., None] against the state, and "
+                "theta[..., None, None] against (time, channel)."
+            ) from error
 
 
 def is_deterministic(site: dict[str, Any]) -> bool:

@@ -133,6 +133,8 @@ def _replicate(found: Draws, data: Series) -> Tensor:
     wanted = data.values.shape
     for site in found.replicable.values():
         shape = site.value.shape[1:]
+        if shape == wanted[1:] and wanted[0] == 1:
+            return replicated(site).reshape(found.size, *wanted)
         if len(shape) >= 3 and shape[-2:] == wanted[-2:] and shape[:-2].numel() == wanted[0]:
             return replicated(site).reshape(found.size, *wanted)
     shapes = {name: tuple(site.value.shape[1:]) for name, site in found.observed.items()}

@@ -123,9 +123,14 @@ class Chain:
             return MatrixNoise(G)
         return DiagonalNoise(G if G.shape[-1] == self.state_dim else G.expand(*G.shape[:-1], self.state_dim))
 
+    @property
+    def shares_noise(self) -> bool:
+        """Whether the noise of every step is known without drift and state."""
+        return self.diffusion.constant and self.solver.noise_is_diffusion
+
     def constant_noise(self, ndim: int) -> AbstractNoise | None:
         """The noise of all steps at once where the diffusion is a constant."""
-        if not self.diffusion.constant:
+        if not self.shares_noise:
             return None
         t, dt, context = self.layout(ndim)
         z = torch.zeros((1,) * ndim, dtype=self.dtype, device=self.device)

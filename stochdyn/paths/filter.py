@@ -76,7 +76,7 @@ def particle_evidence(
         z, total, log_w, (a, mean, ahead), picked = _resampled(
             z, total, log_w + ahead, (a, mean, ahead), particles * resample_below
         )
-        if picked is not None and not chain.diffusion.constant:
+        if picked is not None and not chain.shares_noise:
             noise = chain.step(t[k], dt[k], None if context is None else context[k], z)[1]
             twist = None if after is None else noise.twist(after.precision, after.diagonal)
         if guided.control is not None:

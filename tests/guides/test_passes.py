@@ -2,6 +2,7 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 from torch import nn
@@ -146,3 +147,36 @@ def test_parameters_are_told_without_the_store():
     assert set(nodes) == {"here.weight", "here.bias"}
     assert nodes["here.weight"]["value"].unconstrained() is net.weight
     assert not list(pyro.get_param_store().keys())
+
+
+def _observing(batch, masked):
+    grid = sd.TimeGrid(batch.times)
+    with batch.plate("series"):
+        start = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+        z = pyro.sample("z", sd.SDEPath(lambda t, z: -z, torch.ones(1), start, grid.ts))
+        seen = dist.Normal(grid.observed(z), 0.1)
+        seen = seen.mask(batch.mask) if masked else seen
+        pyro.sample("y", seen.to_event(2), obs=batch.values)
+
+
+def test_missing_values_without_a_mask_are_refused():
+    batch = sd.Series([0.0, 1.0], torch.zeros(2, 2, 1), mask=torch.tensor([[True, False], [True, True]]))
+    with pytest.raises(
+        sd.GuideError, match="site 'y' observes batch.values, of which 1 are missing, without a mask"
+    ):
+        sd.AmortizedGuide(_observing)(batch, False)
+    assert "z" in sd.AmortizedGuide(_observing)(batch, True)
+    full = sd.Series([0.0, 1.0], torch.zeros(2, 2, 1))
+    assert "z" in sd.AmortizedGuide(_observing)(full, False)
+
+
+def test_an_exploding_prior_is_named_at_the_first_call():
+    def model(batch):
+        grid = sd.TimeGrid(batch.times)
+        with batch.plate("series"):
+            path = sd.SDEPath(lambda t, z: (50 * z * z).exp(), torch.ones(1), torch.ones(1), grid.ts)
+            z = pyro.sample("z", path)
+            pyro.sample("y", dist.Normal(grid.observed(z), 0.1).to_event(2), obs=batch.values)
+
+    with pytest.raises(sd.DivergedError, match=r"series 0, time .*the path is not finite"):
+        sd.AmortizedGuide(model)(sd.Series([0.0, 1.0], torch.zeros(1, 2, 1)))

@@ -303,3 +303,60 @@ def test_deterministic_values_come_along():
     found = sd.predict((model, sd.AmortizedGuide(model)), oracle(), draws=9)
     torch.testing.assert_close(found.latents["half_life"], math.log(2) / found.latents["rate"])
     assert found.states is None
+
+
+def level_model(batch):
+    level = pyro.sample("level", dist.Normal(torch.zeros((), dtype=torch.float64), 3.0))
+    grid = sd.TimeGrid(batch.times, substeps=3)
+    with batch.plate("series"):
+        start = dist.Normal(torch.zeros(1, dtype=torch.float64), 5.0).to_event(1)
+        noise = torch.full((1,), 0.5, dtype=torch.float64)
+        z = pyro.sample("z", sd.SDEPath(lambda t, z: level[..., None] - z, noise, start, grid.ts))
+        pyro.sample("y", dist.Normal(grid.observed(z), 0.2).mask(batch.mask).to_event(2), obs=batch.values)
+
+
+@pytest.mark.parametrize("message", [sd.FreeMessage(), sd.FilterMessage()], ids=["free", "filter"])
+def test_further_times_leave_the_smoothed_past_alone(message):
+    values = 4 + torch.randn(2, 4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3
+    data = sd.Series([0.0, 1.0, 2.0, 3.0], values)
+    guide = sd.AmortizedGuide(level_model, message=message)
+    fit = sd.fit(level_model, guide, data, steps=150, lr=0.05, progress=False)
+    plain = sd.predict(fit, data, draws=400).states
+    error = plain.std(0) / 400**0.5
+    for ts in ([3.5, 4.0], [0.25]):
+        ahead = sd.predict(fit, data, ts=ts, draws=400)
+        known = [k for k, t in enumerate(ahead.times.tolist()) if t in (0.0, 1.0, 2.0, 3.0)]
+        assert ((ahead.states[:, :, known].mean(0) - plain.mean(0)).abs() < 6 * error + 0.02).all()
+
+
+def test_a_latent_on_the_wrong_dimension_is_refused_whatever_the_number_of_draws():
+    def model(batch):
+        theta = pyro.sample("theta", dist.LogNormal(torch.zeros((), dtype=torch.float64), 0.5))
+        grid = sd.TimeGrid(batch.times)
+        with batch.plate("series"):
+            start = dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1)
+            noise = torch.ones(1, dtype=torch.float64)
+            z = pyro.sample("z", sd.SDEPath(lambda t, z: -theta * z, noise, start, grid.ts))
+            pyro.sample(
+                "y", dist.Normal(grid.observed(z), 0.1).mask(batch.mask).to_event(2), obs=batch.values
+            )
+
+    data = sd.Series([0.0, 1.0], torch.zeros(6, 2, 1, dtype=torch.float64))
+    fit = sd.fit(model, sd.AmortizedGuide(model), data, steps=1, progress=False)
+    for draws in (6, 10):
+        with pytest.raises(sd.GuideError, match=r"fails on 3 at once.*theta\[\.\.\., None\]"):
+            sd.predict(fit, data, draws=draws)
+
+
+def test_one_series_without_a_plate():
+    def model(batch):
+        grid = sd.TimeGrid(batch.times)
+        start = dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1)
+        noise = torch.ones(1, dtype=torch.float64)
+        z = pyro.sample("z", sd.SDEPath(lambda t, z: -z, noise, start, grid.ts))
+        seen = dist.Normal(grid.observed(z), 0.1).mask(batch.mask[0]).to_event(2)
+        pyro.sample("y", seen, obs=batch.values[0])
+
+    data = sd.Series([0.0, 1.0], torch.zeros(1, 2, 1, dtype=torch.float64))
+    found = sd.predict((model, sd.AmortizedGuide(model)), data, ts=[2.0], draws=5)
+    assert found.observations.shape == (5, 1, 3, 1)
