@@ -20,6 +20,14 @@ def draw():
     return torch.rand(()).item(), random.random(), np.random.rand()
 
 
+@pytest.fixture(autouse=True)
+def _listening():
+    """Ctrl-C as in a terminal: a process started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_seeded_fixes_all_three_generators_and_puts_them_back():
     pyro.set_rng_seed(1)
     expected = draw()
