@@ -109,7 +109,7 @@ def test_free_messages_can_hold_the_posterior_if_full():
         L = torch.linalg.cholesky(J) * site.unit[:, None]
         with torch.no_grad():
             site.numbers[..., :2] = L.diagonal(dim1=-2, dim2=-1).log()
-            site.numbers[..., 2:4] = (loc - site.around) / site.unit
+            site.numbers[..., 2:4] = (loc - site.centre) / site.unit
             site.numbers[..., 4] = keep * L[..., 1, 0]
         mean, error = mean_and_error(elbos(rotating, guide, TURNING, draws=500))
         assert (abs(mean - exact) < 1e-6) == reaches
