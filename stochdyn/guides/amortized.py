@@ -45,7 +45,7 @@ class AmortizedGuide(nn.Module):
         model: the model. Held outside the module tree: its parameters are the model's own. Data are observed in it.
         encoder: reads the model's first argument, a `Series`, so that the messages of a series come from its data
             (amortised: series never seen get a posterior too). None: free parameters per series and grid time.
-        message: how messages are made; `FilterMessage()` starts at the information filter, `FreeMessage()` at
+        paths: how paths are guided: by messages; `FilterMessage()` starts at the information filter, `FreeMessage()` at
             nothing. The filter and the encoder's head see the latents sampled before the path.
         latents: the family of the other latents, `FullRank()` or `MeanField()`.
         hidden: width of the head that turns an encoding into a message.
@@ -82,14 +82,14 @@ class AmortizedGuide(nn.Module):
         model: Callable[..., Any],
         encoder: AbstractEncoder | None = None,
         *,
-        message: AbstractMessageFamily = FilterMessage(),  # noqa: B008
+        paths: AbstractMessageFamily = FilterMessage(),  # noqa: B008
         latents: FullRank | MeanField = FullRank(),  # noqa: B008
         hidden: int = 64,
     ) -> None:
         super().__init__()
         self._model = (model,)
         self.encoder = encoder
-        self.message, self.latents, self.hidden = message, latents, hidden
+        self.family, self.latents, self.hidden = paths, latents, hidden
         self.paths, self.locals = nn.ModuleDict(), nn.ModuleDict()
         self.joint: JointNormal | None = None
         self._plates: int | None = None
@@ -163,7 +163,7 @@ class AmortizedGuide(nn.Module):
     def _set_up_path(self, name: str, prior: SDEPath, place: Place, upstream: int) -> None:
         if _key(name) not in self.paths:
             features = None if self.encoder is None else self.encoder.hidden + 2 + upstream
-            self.paths[_key(name)] = PathSite.begin(self.message, prior, place, features, self.hidden)
+            self.paths[_key(name)] = PathSite.begin(self.family, prior, place, features, self.hidden)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for group, kind in (("paths", PathSite), ("locals", LocalNormal)):
@@ -209,8 +209,8 @@ class AmortizedGuide(nn.Module):
             if self.joint is not None and name in self.joint.slices:
                 run.residuals.add(q, value)
             run.features[name] = q.free(value)
-        elif self._learning() and isinstance(self.message, FilterMessage):
-            self._path_site(name).follow(value, q.ts, place, self.message.follow)
+        elif self._learning() and isinstance(self.family, FilterMessage):
+            self._path_site(name).follow(value, q.ts, place, self.family.follow)
 
     def _learning(self) -> bool:
         return self.training and torch.is_grad_enabled()
@@ -220,7 +220,7 @@ class AmortizedGuide(nn.Module):
     def _guided(self, name: str, prior: SDEPath, place: Place, run: Run) -> GuidedPath:
         site = self._path_site(name)
         base = None
-        if isinstance(self.message, FilterMessage):
+        if isinstance(self.family, FilterMessage):
             if name not in run.potentials:
                 raise PathReached(name, prior, place)
             potential, around = run.potentials[name]
@@ -237,7 +237,7 @@ class AmortizedGuide(nn.Module):
             seen_by_score = numbers.detach()
         else:
             numbers, seen_by_score, valid = site.encoded_numbers(self.encoder, prior, place, run)
-        build = self.message.build
+        build = self.family.build
         message = masked(build(numbers, site.unit, around, base), valid)
         score = masked(build(seen_by_score, site.unit, around, base), valid)
         return prior.guided(message, score_message=score)
@@ -251,7 +251,7 @@ class AmortizedGuide(nn.Module):
 
     def _potential(self, reached: PathReached, run: Run) -> tuple[Message, Tensor]:
         """The likelihood's message at the running estimate of the path, and that estimate."""
-        smoother = Smoother(self.model, self._median, self._plates or 0, getattr(self.message, "refine", 0))
+        smoother = Smoother(self.model, self._median, self._plates or 0, getattr(self.family, "refine", 0))
         plates = self._path_site(reached.name).plates
         around = self._around(reached, run, lambda: smoother.refined(reached, run, plates))
         around = smoother.expanded(around, run)

@@ -204,7 +204,7 @@ def test_paths_on_other_grids_and_factors():
             pyro.sample("y", dist.Normal(level, 1.0).mask(batch.mask).to_event(2), obs=batch.values)
 
     data = ou_series(2, [0.1, 0.5, 2.0])
-    guide = sd.AmortizedGuide(model, message=sd.FreeMessage())
+    guide = sd.AmortizedGuide(model, paths=sd.FreeMessage())
     guide(data)
     idata = sd.to_arviz((model, guide), data, draws=20)
     posterior = idata["posterior"]

@@ -56,7 +56,7 @@ def test_untrained_it_is_the_posterior_of_a_rotation_seen_from_the_side():
 
 
 def test_without_messages_it_is_far_from_the_posterior():
-    guide = sd.AmortizedGuide(ou, message=sd.FreeMessage(init=1e-9))
+    guide = sd.AmortizedGuide(ou, paths=sd.FreeMessage(init=1e-9))
     mean, error = mean_and_error(elbos(ou, guide, RAGGED, draws=400))
     assert mean + 4 * error < ou_evidence(RAGGED).sum().item() - 5
 
@@ -86,7 +86,7 @@ def test_at_the_exact_guide_the_gradient_is_zero():
 def test_trained_from_nothing_it_reaches_the_evidence():
     batch, exact = RAGGED[:2], ou_evidence(RAGGED[:2]).sum().item()
     batch = sd.Series(batch.times, batch.values, mask=batch.mask)
-    guide = sd.AmortizedGuide(ou, message=sd.FreeMessage())
+    guide = sd.AmortizedGuide(ou, paths=sd.FreeMessage())
     trained(ou, guide, batch, steps=1500, lr=0.05)
     mean, error = mean_and_error(elbos(ou, guide, batch, draws=2000))
     assert mean > exact - 0.01
@@ -103,7 +103,7 @@ def test_free_messages_can_hold_the_posterior_if_full():
     J = (message.precision + 1e-9 * torch.eye(2, dtype=F64)).detach()
     loc = torch.linalg.solve(J, message.information[..., None])[..., 0].detach()
     for keep, reaches in ((1.0, True), (0.0, False)):
-        guide = sd.AmortizedGuide(rotating, message=sd.FreeMessage())
+        guide = sd.AmortizedGuide(rotating, paths=sd.FreeMessage())
         guide(TURNING)
         site = guide.paths["z"]
         L = torch.linalg.cholesky(J) * site.unit[:, None]
@@ -119,7 +119,7 @@ def test_free_messages_can_hold_the_posterior_if_full():
 @pytest.mark.slow
 def test_a_rotation_needs_full_messages():
     exact = rotating_evidence(TURNING).sum().item()
-    guide = sd.AmortizedGuide(rotating, message=sd.FreeMessage(rank=0))
+    guide = sd.AmortizedGuide(rotating, paths=sd.FreeMessage(rank=0))
     trained(rotating, guide, TURNING, steps=1500, lr=0.05)
     mean, error = mean_and_error(elbos(rotating, guide, TURNING, draws=2000))
     assert mean + 4 * error < exact - 0.1
@@ -129,7 +129,7 @@ def test_a_rotation_needs_full_messages():
 
 
 def test_a_mini_batch_moves_its_members_only():
-    guide = sd.AmortizedGuide(local_theta, message=sd.FreeMessage(), latents=sd.MeanField())
+    guide = sd.AmortizedGuide(local_theta, paths=sd.FreeMessage(), latents=sd.MeanField())
     Trace_ELBO().differentiable_loss(local_theta, guide, RAGGED)
     index = torch.tensor([3, 1])
     Trace_ELBO().differentiable_loss(local_theta, guide, RAGGED[index]).backward()
@@ -163,7 +163,7 @@ def test_a_path_shared_by_a_mini_batch_is_refused():
     assert elbos(model, guide, batch, draws=5).var() < 1e-10
     with pytest.raises(GuideError, match=r"shared by the members of plate 'series'.*2 of 4.*no bound"):
         guide(batch[:2])
-    guide = sd.AmortizedGuide(model, message=sd.FreeMessage())
+    guide = sd.AmortizedGuide(model, paths=sd.FreeMessage())
     guide(batch)
     guide(batch[:2])
     with pytest.raises(GuideError, match=r"encoder gives one encoding for each of 4 series"):
@@ -260,7 +260,7 @@ class Learned(nn.Module):
 def test_a_fresh_instance_loads_a_trained_state(message, encoder):
     def make(model):
         return sd.AmortizedGuide(
-            model, sd.GRUEncoder(1, hidden=4).double() if encoder else None, message=message
+            model, sd.GRUEncoder(1, hidden=4).double() if encoder else None, paths=message
         )
 
     model = Learned()
@@ -371,7 +371,7 @@ def test_errors_say_what_to_do():
         sd.AmortizedGuide(discrete)(RAGGED)
     with pytest.raises(GuideError, match=r"observes nothing.*obs="):
         sd.AmortizedGuide(blind)(RAGGED)
-    sd.AmortizedGuide(blind, message=sd.FreeMessage())(RAGGED)
+    sd.AmortizedGuide(blind, paths=sd.FreeMessage())(RAGGED)
 
     def on_tensors(values):
         ou(RAGGED)

@@ -76,7 +76,7 @@ def test_every_elbo_gives_the_evidence(elbo):
         assert value == pytest.approx(exact, abs=1e-8)
     elbo.loss_and_grads(ou, guide, BATCH)
     assert guide.paths["z"].numbers.grad is not None
-    assert abs(exact + elbo.loss(ou, sd.AmortizedGuide(ou, message=sd.FreeMessage()), BATCH)) > 0.1
+    assert abs(exact + elbo.loss(ou, sd.AmortizedGuide(ou, paths=sd.FreeMessage()), BATCH)) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def copies(module):
 @pytest.mark.parametrize("message", [sd.FilterMessage(), sd.FreeMessage()], ids=["filter", "free"])
 def test_pyros_svi_trains_model_and_guide(message):
     model = Learned()
-    guide = sd.AmortizedGuide(model, message=message)
+    guide = sd.AmortizedGuide(model, paths=message)
     guide(BATCH)
     before = copies(model), copies(guide)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
@@ -249,7 +249,7 @@ def test_pyros_svi_trains_model_and_guide(message):
 
 def test_a_torch_optimiser_trains_model_and_guide():
     model = Learned()
-    guide = sd.AmortizedGuide(model, message=sd.FreeMessage())
+    guide = sd.AmortizedGuide(model, paths=sd.FreeMessage())
     guide(BATCH)
     before = copies(model), copies(guide)
     loss = Trace_ELBO()(model, guide)

@@ -153,5 +153,5 @@ def test_free_messages_that_never_saw_data_can_be_evaluated():
             seen = dist.Normal(grid.observed(z), 0.1).mask(batch.mask).to_event(2)
             pyro.sample("y", seen, obs=batch.values)
 
-    guide = sd.AmortizedGuide(model, message=sd.FreeMessage()).eval()
+    guide = sd.AmortizedGuide(model, paths=sd.FreeMessage()).eval()
     assert guide(batch)["z"].shape == (4, 11, 1)

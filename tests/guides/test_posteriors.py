@@ -77,7 +77,7 @@ def sds(guide):
 
 def blind(guide):
     """A guide with the same messages, held where the other guide's medians have them."""
-    new = sd.AmortizedGuide(model, message=sd.FreeMessage())
+    new = sd.AmortizedGuide(model, paths=sd.FreeMessage())
     new(BATCH)
     loc = guide.joint.loc.detach()
     grid = sd.TimeGrid(BATCH.times, substeps=1)
@@ -117,7 +117,7 @@ def test_an_amortised_guide_knows_new_series():
         ou(batch, substeps=2)
 
     torch.manual_seed(0)
-    guide = sd.AmortizedGuide(short, sd.GRUEncoder(1, hidden=32).double(), message=sd.FreeMessage())
+    guide = sd.AmortizedGuide(short, sd.GRUEncoder(1, hidden=32).double(), paths=sd.FreeMessage())
     mean, error = gap(short, guide, new)
     assert mean - 4 * error > 0.5
     trained(short, guide, data, steps=1500, batch_size=50, lr=0.01)

@@ -79,14 +79,14 @@ def test_the_bound_is_tight_before_and_tighter_after_training(model, data):
     after, other, bound = with_bound(elbos(model, guide, data, draws=1500))
     assert after > mean + 4 * math.hypot(error, other)
     assert after + 4 * other < bound < after + 2
-    blind = sd.AmortizedGuide(model, message=sd.FreeMessage())
+    blind = sd.AmortizedGuide(model, paths=sd.FreeMessage())
     assert elbos(model, blind, data, draws=1000).mean() < mean - 1
 
 
 def test_relinearising_helps():
     means = []
     for refine in (0, 5):
-        guide = sd.AmortizedGuide(counts, message=sd.FilterMessage(refine=refine))
+        guide = sd.AmortizedGuide(counts, paths=sd.FilterMessage(refine=refine))
         means.append(mean_and_error(elbos(counts, guide, COUNTS, draws=1000)))
     (a, s), (b, t) = means
     assert b - a > 4 * math.hypot(s, t)
@@ -100,7 +100,7 @@ def test_for_a_linear_model_the_estimate_is_the_smoothed_mean():
             pyro.sample("y", dist.Normal(grid.observed(z), 0.1).to_event(2), obs=batch.values)
 
     batch = sd.Series(torch.linspace(0, 1, 4), torch.randn(2, 4, 1, dtype=F64))
-    guide = sd.AmortizedGuide(model, message=sd.FilterMessage(refine=1, follow=0.0))
+    guide = sd.AmortizedGuide(model, paths=sd.FilterMessage(refine=1, follow=0.0))
     guide(batch)
     with torch.no_grad(), pyro.plate("particles", 400, dim=-2):
         draws = guide(batch)["z"]

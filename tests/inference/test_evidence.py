@@ -83,7 +83,7 @@ def test_a_guide_that_is_wrong_is_unbiased_all_the_same():
     """Messages learned from nothing, untrained; each draw is a particle filter of its own."""
     data = ou_series(3, own_times(3, 5), hold=[(0, 2)])
     for model, right in ((ou, True), (noisier, False)):
-        guide = sd.AmortizedGuide(model, message=sd.FreeMessage())
+        guide = sd.AmortizedGuide(model, paths=sd.FreeMessage())
         guide(data)
         found = sd.evidence((model, guide), data, draws=1500, particles=30)
         assert found.log_likelihood.std(0).min() > 0.02
@@ -216,7 +216,7 @@ def test_lynx_and_hare_against_a_long_bootstrap_filter():
 
 def test_the_seed_decides():
     data = ou_series(2, [0.0, 1.0])
-    guide = sd.AmortizedGuide(ou, message=sd.FreeMessage())
+    guide = sd.AmortizedGuide(ou, paths=sd.FreeMessage())
     guide(data)
     before = torch.get_rng_state()
     first, again, other = (

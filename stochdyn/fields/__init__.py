@@ -1,0 +1,11 @@
+"""Fields: what a path is made of."""
+
+from stochdyn.fields.calls import Field, call_field, evaluate
+from stochdyn.fields.diffusion import (
+    AbstractDiffusion,
+    DiagonalDiffusion,
+    MatrixDiffusion,
+    as_diffusion,
+    check_diffusion,
+    probe,
+)
