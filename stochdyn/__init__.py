@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import stochdyn.diagnostics as _diagnostics
 from stochdyn.data import Series, TimeGrid, datasets
+from stochdyn.decoders import NormalDecoder
 from stochdyn.diagnostics import Calibration, pareto_k, plot_forecast, plot_losses, plot_phase, sbc, summarise
 from stochdyn.encoders import AbstractEncoder, GRUEncoder
 from stochdyn.errors import (
@@ -19,22 +20,27 @@ from stochdyn.errors import (
     SupportError,
     TimeError,
 )
-from stochdyn.fields import MatrixDiffusion
+from stochdyn.fields import MLP, ElementwiseField, MatrixDiffusion, NeuralField
 from stochdyn.guides import AmortizedGuide, FilterMessage, FreeMessage, FullRank, MeanField
 from stochdyn.inference import (
     ELBO,
     AbstractObjective,
+    AnalyticKL,
     Constant,
     Decay,
     Evidence,
     Fit,
     Linear,
+    LogRatio,
     Prediction,
+    StickingTheLanding,
     evidence,
     fit,
     predict,
 )
+from stochdyn.models import LatentSDE
 from stochdyn.paths import GuidedPath, Message, SDEPath, information_filter, particle_evidence
+from stochdyn.processes import NeuralSDE
 from stochdyn.solvers import EulerMaruyama, GaussianStep, Heun, RungeKutta4
 
 if TYPE_CHECKING:
@@ -42,9 +48,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ELBO",
+    "MLP",
     "AbstractEncoder",
     "AbstractObjective",
     "AmortizedGuide",
+    "AnalyticKL",
     "Calibration",
     "Constant",
     "DataError",
@@ -52,6 +60,7 @@ __all__ = [
     "DiffusionError",
     "DivergedError",
     "DtypeError",
+    "ElementwiseField",
     "EulerMaruyama",
     "Evidence",
     "FieldError",
@@ -65,15 +74,21 @@ __all__ = [
     "GuideError",
     "GuidedPath",
     "Heun",
+    "LatentSDE",
     "Linear",
+    "LogRatio",
     "MatrixDiffusion",
     "MeanField",
     "Message",
+    "NeuralField",
+    "NeuralSDE",
+    "NormalDecoder",
     "Prediction",
     "RungeKutta4",
     "SDEPath",
     "Series",
     "ShapeError",
+    "StickingTheLanding",
     "StochdynError",
     "SupportError",
     "TimeError",

@@ -9,3 +9,4 @@ from stochdyn.fields.diffusion import (
     check_diffusion,
     probe,
 )
+from stochdyn.fields.neural import MLP, ElementwiseField, Linear, NeuralField

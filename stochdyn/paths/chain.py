@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import DiffusionError, DivergedError, DtypeError, FieldError, ShapeError, SupportError
-from stochdyn.fields import AbstractDiffusion, Field, check_diffusion, evaluate, probe
+from stochdyn.fields import AbstractDiffusion, Field, call_field, check_diffusion, evaluate, probe
 from stochdyn.paths.checks import (
     check_resolution,
     check_times,
@@ -15,11 +15,14 @@ from stochdyn.paths.checks import (
     context_by_time,
     joint_batch,
 )
+from stochdyn.paths.drifts import BoundDrift, Drifts, in_time
 from stochdyn.paths.noise import AbstractNoise, DiagonalNoise, MatrixNoise
 from stochdyn.paths.start import AbstractStart, KnownStart
 from stochdyn.solvers import AbstractKernel, as_kernel
 
 LOG_2PI = math.log(2 * math.pi)
+
+Known = tuple[Tensor | None, AbstractNoise]
 
 
 def lift(x: Tensor, ndim: int) -> Tensor:
@@ -54,6 +57,8 @@ class Chain:
     ) -> None:
         self.drift, self.diffusion, self.solver = drift, diffusion, as_kernel(solver)
         self.context, self.validate = context, validate
+        self.own_context: Tensor | None = None
+        self._own_context: Tensor | None = None
         self.ts = check_times(ts, validate)
         self.steps, self.state_dim = self.ts.shape[-1] - 1, start.state_dim
         centre = start.centre()
@@ -109,19 +114,60 @@ class Chain:
             context = lift(context.expand(self.steps + 1, *context.shape[1:])[:-1], ndim)
         return lift(self._t[:-1], ndim), lift(self._dt, ndim), context
 
-    def step(self, t: Tensor, dt: Tensor, context: Tensor | None, z: Tensor) -> tuple[Tensor, AbstractNoise]:
-        """Mean and noise of steps; all arguments at one time, or all time-major."""
+    def drifts(self, ndim: int) -> Drifts:
+        """The drift of every step, its context bound, for states of `ndim` dimensions."""
+        context = self._context if self._own_context is None else self._own_context
+        context = in_time(context, self.steps)
+        return Drifts(self.drift, None if context is None else lift(context, ndim), self.steps)
 
-        def drift(s: Tensor, x: Tensor) -> Tensor:
+    def steered(self, drift: Field, context: Tensor | None) -> "Chain":
+        """The same chain with another drift, and a context (*batch, [time,] context_dim) of its own for it.
+
+        Raises:
+            FieldError: if the drift does not return the state's shape.
+        """
+        new = copy.copy(self)
+        new.drift, new.own_context = drift, context
+        new._own_context = context_by_time(context, self.steps + 1, self.batch_shape)
+        z = self.start.centre().detach().expand(*self.batch_shape, self.state_dim)
+        if self.steps < 1:
+            return new
+        own = None if new._own_context is None else lift(new._own_context, z.dim())[0]
+        with torch.no_grad():
+            f = call_field("guide's drift", drift, lift(self._t, z.dim())[0], z, own)
+        if f.shape[-1] not in (self.state_dim, 1):
+            raise FieldError(
+                f"The guide's drift returned {tuple(f.shape)}, expected (..., state={self.state_dim})."
+            )
+        batch = joint_batch(path=self.batch_shape, guides_drift=f.shape[:-1])
+        return new if batch == self.batch_shape else new.expand(batch)
+
+    def step(
+        self, t: Tensor, dt: Tensor, context: Tensor | None, z: Tensor, drift: BoundDrift | None = None
+    ) -> tuple[Tensor, AbstractNoise]:
+        """Mean and noise of steps; all arguments at one time, or all time-major. `drift` has its context bound."""
+
+        def own(s: Tensor, x: Tensor) -> Tensor:
             return evaluate("drift", self.drift, s, x, context)
 
-        a, G = self.solver.step(drift, self.diffusion, t, dt, z, context)
+        a, G = self.solver.step(drift or own, self.diffusion, t, dt, z, context)
         return a, self._noise(G)
 
     def _noise(self, G: Tensor) -> AbstractNoise:
         if not self.diffusion.diagonal:
             return MatrixNoise(G)
         return DiagonalNoise(G if G.shape[-1] == self.state_dim else G.expand(*G.shape[:-1], self.state_dim))
+
+    def same_noise(self, other: "Chain") -> bool:
+        """Whether the noise of a step is the same function of the state in both: the very same objects make it."""
+        mine, theirs = self.diffusion, other.diffusion
+        module = mine.field is theirs.field and type(mine) is type(theirs)
+        context = self.context is other.context
+        return module and context and self.solver == other.solver and self.solver.noise_is_diffusion
+
+    def same_drift(self, other: "Chain") -> bool:
+        """Whether the drift is the very same object, with the same context."""
+        return self.drift is other.drift and self.context is other.context
 
     @property
     def shares_noise(self) -> bool:
@@ -158,8 +204,14 @@ class Chain:
         z = self.aligned(value).movedim(-2, 0)
         return z[:-1], z[1:]
 
-    def steps_of(self, value: Tensor) -> tuple[Tensor, AbstractNoise, Tensor, Tensor]:
+    def steps_of(
+        self, value: Tensor, known: Known | None = None
+    ) -> tuple[Tensor, AbstractNoise, Tensor, Tensor]:
         """Score every step of a path in one call.
+
+        Args:
+            value: the path.
+            known: means (None where unknown) and noise of its steps, where they were computed when it was drawn.
 
         Returns:
             the means a (time, *batch, state), the noise (unit where a step has zero length), the noise
@@ -171,7 +223,13 @@ class Chain:
         """
         before, after = self.split(value)
         t, dt, context = self.layout(before.dim() - 1)
-        a, noise = self.step(t, dt, context, before)
+        a, noise = known or (None, None)
+        if a is None or noise is None:
+            drift = self.drifts(before.dim() - 1).at_once()
+            if noise is None:
+                a, noise = self.step(t, dt, context, before, drift)
+            else:
+                a = self.solver.advance(drift, t, dt, before)
         real = (dt > 0)[..., 0]
         if self.validate and not torch.isfinite(a).all():
             where = self._place(~torch.isfinite(a).all(-1))

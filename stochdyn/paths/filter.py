@@ -11,6 +11,7 @@ from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.message import Message
 from stochdyn.paths.noise import AbstractNoise, AbstractTwist
 from stochdyn.paths.sde import SDEPath
+from stochdyn.paths.steering import shift
 
 LogLikelihood = Callable[[Tensor, int], "Tensor | None"]
 
@@ -66,11 +67,13 @@ def particle_evidence(
     log_w = log_w.expand(particles, *guided.batch_shape)
     total = torch.zeros(guided.batch_shape, dtype=z.dtype, device=z.device)
     t, dt, context = chain.layout(z.dim())
+    controls = None if guided.control is None else guided.control.drifts(z.dim()).one_by_one()
+    steered = None if guided.steered is None else guided.steered.drifts(z.dim()).one_by_one()
     for k in range(chain.steps + 1):
         log_w = log_w + _checked(log_likelihood(z, k), log_w)
         if k == chain.steps:
             break
-        after = None if message is None else message[k + 1]
+        after = None if message is None or steered is not None else message[k + 1]
         a, noise = chain.step(t[k], dt[k], None if context is None else context[k], z)
         twist, mean, ahead = _look_ahead(noise, a, after)
         z, total, log_w, (a, mean, ahead), picked = _resampled(
@@ -79,8 +82,11 @@ def particle_evidence(
         if picked is not None and not chain.shares_noise:
             noise = chain.step(t[k], dt[k], None if context is None else context[k], z)[1]
             twist = None if after is None else noise.twist(after.precision, after.diagonal)
-        if guided.control is not None:
-            mean = mean + guided.control_shift(t[k], dt[k], None if context is None else context[k], z)
+        if controls is not None:
+            mean = mean + shift(controls[k], t[k], dt[k], z)
+        if steered is not None:
+            own = chain.solver.advance(steered[k], t[k], dt[k], z)
+            mean = mean + noise.safe((dt[k] > 0)[..., 0]).solve(own - a)
         eps = _noise(guided, shape, chain.noise_dim)
         xi = mean + (eps if twist is None else twist.colour(eps))
         log_w = log_w - ahead + 0.5 * (eps.square() - xi.square()).sum(-1)

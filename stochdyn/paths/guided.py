@@ -1,23 +1,21 @@
 """The guided path: a path whose every step is twisted by a message and shifted by a control."""
 
-from collections.abc import Callable
-
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn.errors import GuideError, ShapeError
-from stochdyn.fields import call_field, evaluate
-from stochdyn.paths.chain import LOG_2PI, Chain
+from stochdyn.errors import GuideError
+from stochdyn.fields import Field
+from stochdyn.paths.chain import LOG_2PI, Chain, Known
 from stochdyn.paths.checks import joint_batch
+from stochdyn.paths.drifts import BoundDrift
 from stochdyn.paths.message import Message
-from stochdyn.paths.noise import AbstractNoise, AbstractTwist, apply_precision
+from stochdyn.paths.noise import AbstractNoise, AbstractTwist, apply_precision, stacked
 from stochdyn.paths.start import RandomStart
+from stochdyn.paths.steering import Control, Steering, check_combination, frozen, shift
 from stochdyn.paths.support import path_support
-
-Control = Callable[..., Tensor]
 
 
 class GuidedPath(dist.TorchDistribution):
@@ -31,6 +29,10 @@ class GuidedPath(dist.TorchDistribution):
         chain: the prior's chain.
         message: on every grid time, see `Message`; None for none.
         control: `(t, z[, context]) -> (..., noise)`, drift in noise units; None for none.
+        drift: `(t, z[, context]) -> (..., state)`, in place of the prior's drift; None for none. Beside it the
+            message has one time only, the first, and acts on the start.
+        context: what `drift` and `control` get instead of the path's own context.
+        score_context: the context as `score_parts` sees it, by default detached; see `score_message`.
         score_message: the message as `score_parts` sees it. By default the message detached; a guide whose
             message depends on latents sampled before the path passes one in which only its own parameters are
             detached.
@@ -56,20 +58,33 @@ class GuidedPath(dist.TorchDistribution):
         message: Message | None,
         control: Control | None,
         score_message: Message | None = None,
+        *,
+        drift: Field | None = None,
+        context: Tensor | None = None,
+        score_context: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        check_combination(control, drift, context, chain)
+        points = chain.steps + 1 if drift is None else 1
         if message is not None:
-            chain = _widened(chain, message=fitting(message, chain).batch_shape)
+            chain = _widened(chain, message=fitting(message, chain, points).batch_shape)
         if score_message is not None:
-            fitting(score_message, chain)
+            fitting(score_message, chain, points)
         if score_message is not None and message is None:
             raise GuideError("`score_message` stands in for `message`, which is None. Pass both or none.")
+        self.control, self.steered = None, None
         if control is not None:
-            chain = _widened(chain, control=_probe_control(control, chain))
-        self.message, self.control, self.score_message = message, control, score_message
+            self.control = Steering(control, context, score_context, chain)
+            chain = _widened(chain, control=self.control.batch_shape)
+        elif drift is not None:
+            self.steered = chain.steered(drift, context)
+            chain = _widened(chain, drift=self.steered.batch_shape)
+        self.message, self.score_message, self._score_context = message, score_message, score_context
         self.chain = chain
         self.has_rsample = message is not None or start_has_rsample(chain)
         self._drawn: Tensor | None = None
+        self._steps: tuple[list[Tensor], list[AbstractNoise] | AbstractNoise] | None = None
+        self._recalls = False
         event_shape = torch.Size((chain.steps + 1, chain.state_dim))
         super().__init__(self.chain.batch_shape, event_shape, validate_args=validate_args)
 
@@ -85,8 +100,10 @@ class GuidedPath(dist.TorchDistribution):
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "GuidedPath":
         new = object.__new__(GuidedPath)
         new.__dict__.update(self.__dict__)
-        new.chain, new._drawn = self.chain.expand(torch.Size(batch_shape)), None
-        new._batch_shape = torch.Size(batch_shape)
+        shape = torch.Size(batch_shape)
+        new.chain, new._drawn, new._steps, new._recalls = self.chain.expand(shape), None, None, False
+        new.steered = None if self.steered is None else self.steered.expand(shape)
+        new._batch_shape = shape
         return new
 
     def _validate_sample(self, value: Tensor) -> None:
@@ -109,29 +126,58 @@ class GuidedPath(dist.TorchDistribution):
         """
         return self._transport(eps, self.start_from(eps[0], sample_shape))
 
+    @property
+    def _own(self) -> Chain:
+        return self.chain if self.steered is None else self.steered
+
+    def _on_steps(self, message: Message | None) -> Message | None:
+        """The message if it acts on the steps: beside another drift it acts on the start alone."""
+        return None if self.steered is not None else message
+
     def _transport(self, eps: Tensor, z: Tensor) -> Tensor:
-        t, dt, context = self.chain.layout(z.dim())
-        message = None if self.message is None else self.message.time_major().lifted(z.dim())
-        eps = eps[1:, ..., : self.chain.noise_dim]
-        affine = self._affine(message, eps, z.dim()) if self.control is None else None
-        states = [z]
+        chain, ndim = self._own, z.dim()
+        t, dt, context = chain.layout(ndim)
+        message = None if self._on_steps(self.message) is None else self.message.time_major().lifted(ndim)
+        eps = eps[1:, ..., : chain.noise_dim]
+        affine = self._affine(message, eps, ndim) if self.control is None else None
         # Unbound once: a slice per step would cost a full-size gradient each.
-        at = zip(t.unbind(0), dt.unbind(0), _unbound(context, self.chain.steps), strict=True)
-        if affine is None:
-            after = [None] * self.chain.steps if message is None else message[1:].unbind()
-            for (s, h, c), m, e in zip(at, after, eps.unbind(0), strict=True):
-                z = self._general_step(s, h, c, z, m, e)
-                states.append(z)
-        else:
-            gains, offset, diagonal = affine
-            for (s, h, c), M, b in zip(at, _unbound(gains, self.chain.steps), offset.unbind(0), strict=True):
-                a = self.chain.solver.advance(self._drift(c), s, h, z)
-                z = b + (a if M is None else apply_precision(M, a, diagonal))
-                states.append(z)
+        at = list(zip(t.unbind(0), dt.unbind(0), chain.drifts(ndim).one_by_one(), strict=True))
+        if affine is not None:
+            return self._affine_steps(z, at, affine)
+        after = [None] * chain.steps if message is None else message[1:].unbind()
+        controls = [None] * chain.steps if self.control is None else self.control.drifts(ndim).one_by_one()
+        given = zip(at, _unbound(context, chain.steps), after, controls, eps.unbind(0), strict=True)
+        states, means, noises = [z], [], []
+        for (s, h, f), c, m, u, e in given:
+            a, noise = chain.step(s, h, c, z, f)
+            xi = e
+            if m is not None:
+                twist, mean = _twisted(noise, a, m)
+                xi = mean + twist.colour(e)
+            if u is not None:
+                xi = xi + shift(u, s, h, z)
+            z = a + noise.apply(xi)
+            states.append(z)
+            means.append(a)
+            noises.append(noise)
+        self._steps = means, noises
         return torch.stack(states, -2)
 
-    def _drift(self, context: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda s, x: evaluate("drift", self.chain.drift, s, x, context)
+    def _affine_steps(
+        self,
+        z: Tensor,
+        at: list[tuple[Tensor, Tensor, BoundDrift]],
+        affine: tuple[AbstractNoise, Tensor | None, Tensor, bool],
+    ) -> Tensor:
+        noise, gains, offset, diagonal = affine
+        states, means = [z], []
+        for (s, h, f), M, b in zip(at, _unbound(gains, len(at)), offset.unbind(0), strict=True):
+            a = self._own.solver.advance(f, s, h, z)
+            z = b + (a if M is None else apply_precision(M, a, diagonal))
+            states.append(z)
+            means.append(a)
+        self._steps = means, noise
+        return torch.stack(states, -2)
 
     def start_from(self, eps: Tensor, sample_shape: torch.Size, *, random: bool = False) -> Tensor:
         """The initial state made of standard normal noise.
@@ -150,44 +196,32 @@ class GuidedPath(dist.TorchDistribution):
 
     def _affine(
         self, message: Message | None, eps: Tensor, ndim: int
-    ) -> tuple[Tensor | None, Tensor, bool] | None:
-        """With constant noise every step is z' = M a(z) + c: M and c of all steps at once."""
+    ) -> tuple[AbstractNoise, Tensor | None, Tensor, bool] | None:
+        """With constant noise every step is z' = M a(z) + c: the noise, M and c of all steps at once."""
         noise = self.chain.constant_noise(ndim)
         if noise is None:
             return None
         if message is None:
-            return None, noise.apply(eps), True
+            return noise, None, noise.apply(eps), True
         after = message[1:]
         twist = noise.twist(after.precision, after.diagonal)
         c = noise.apply(twist.smooth(noise.pull(after.information)) + twist.colour(eps))
         if after.diagonal and self.chain.diffusion.diagonal:
             gain = noise.apply(twist.smooth(noise.pull(after.precision)))
-            return 1 - gain, c, True
+            return noise, 1 - gain, c, True
         J, columns = after.full(), []
         for d in range(self.chain.state_dim):
             columns.append(noise.apply(twist.smooth(noise.pull(J[..., d]))))
         gain = torch.stack(columns, -1)
-        return torch.eye(gain.shape[-1], dtype=gain.dtype, device=gain.device) - gain, c, False
-
-    def _general_step(
-        self, t: Tensor, dt: Tensor, context: Tensor | None, z: Tensor, after: Message | None, eps: Tensor
-    ) -> Tensor:
-        a, noise = self.chain.step(t, dt, context, z)
-        if after is None:
-            xi = eps
-        else:
-            twist, mean = _twisted(noise, a, after)
-            xi = mean + twist.colour(eps)
-        if self.control is not None:
-            xi = xi + self.control_shift(t, dt, context, z)
-        return a + noise.apply(xi)
+        eye = torch.eye(gain.shape[-1], dtype=gain.dtype, device=gain.device)
+        return noise, eye - gain, c, False
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         value = self.chain.aligned(value)
         self.chain.check_start(value)
-        return self._score(value, self.message, self.control)
+        return self._score(value, self.message, self.control, self._own)
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """Sticking-the-landing: the entropy term sees the sampled values, not the guide's own parameters.
@@ -198,15 +232,45 @@ class GuidedPath(dist.TorchDistribution):
         message = self.score_message
         if message is None and self.message is not None:
             message = self.message.detach()
-        if message is None and self.control is None:
-            log_prob = self._score(value, None, None)
+        chain, control = self._own, self.control
+        if message is None and control is None and self.steered is None:
+            log_prob = self._score(value, None, None, chain)
             return ScoreParts(log_prob, 0, log_prob)
-        entropy_term = self._score(value, message, _frozen(self.control))
+        if self.steered is not None:
+            context = self._score_context if self._score_context is not None else self.steered.own_context
+            chain = self.chain.steered(
+                frozen(self.steered.drift), None if context is None else context.detach()
+            )
+        control = None if control is None else control.frozen()
+        entropy_term = self._score(value, message, control, chain)
         return ScoreParts(entropy_term, 0, entropy_term)
 
-    def _score(self, value: Tensor, message: Message | None, control: Control | None) -> Tensor:
+    def recall(self) -> None:
+        """Let the densities of the path drawn last reuse what drawing it computed.
+
+        For an objective that asks for gradients with respect to parameters: the reused numbers hang on the draw, so a
+        derivative with respect to the path itself would miss them.
+        """
+        self._recalls = True
+
+    def known(self, value: Tensor) -> tuple[Tensor, AbstractNoise] | None:
+        """Means and noise of the steps of a path, if it is the one drawn last and they may be reused."""
+        if not self._recalls or self._steps is None or value is not self._drawn:
+            return None
+        means, noises = self._steps
+        if isinstance(means, list):
+            noise = noises if isinstance(noises, AbstractNoise) else stacked(noises)
+            self._steps = torch.stack(means), noise
+        return self._steps
+
+    def _score(
+        self, value: Tensor, message: Message | None, control: Steering | None, chain: Chain
+    ) -> Tensor:
+        known = self.known(value)
+        if known is not None and chain is not self._own:
+            known = None, known[1]
         value = self.chain.aligned(value)
-        noise, xi, mean, twist, real = self._twisted_steps(value, message, control)[1:]
+        noise, xi, mean, twist, real = self._twisted_steps(value, message, control, chain, known)[1:]
         first = self.score_start(value[..., 0, :], message)
         w = xi - mean
         half_logdet = 0.0 if twist is None else twist.half_logdet()
@@ -225,29 +289,29 @@ class GuidedPath(dist.TorchDistribution):
         gaussian = -0.5 * (w.square().sum(-1) + w.shape[-1] * LOG_2PI)
         return gaussian - twist.half_logdet() - start.noise.logdet() - ladj
 
-    def control_shift(self, t: Tensor, dt: Tensor, context: Tensor | None, z: Tensor) -> Tensor:
-        """What the control adds to the noise of a step."""
-        return dt.sqrt() * evaluate("control", self.control, t, z, context)
-
-    def _control_shift(self, control: Control, value: Tensor) -> Tensor:
-        before = self.chain.split(value)[0]
-        t, dt, context = self.chain.layout(before.dim() - 1)
-        return dt.sqrt() * evaluate("control", control, t, before, context)
-
     def moments(self, value: Tensor) -> tuple[Tensor, AbstractNoise, Tensor, "AbstractTwist | None", Tensor]:
         """Per step of a path: mean a, noise, the twisted mean of xi, the twist, and which steps are real."""
-        a, noise, _, mean, twist, real = self._twisted_steps(value, self.message, self.control)
+        a, noise, _, mean, twist, real = self._twisted_steps(
+            value, self.message, self.control, self._own, self.known(value)
+        )
         return a, noise, mean, twist, real
 
     def _twisted_steps(
-        self, value: Tensor, message: Message | None, control: Control | None
+        self,
+        value: Tensor,
+        message: Message | None,
+        control: Steering | None,
+        chain: Chain,
+        known: Known | None = None,
     ) -> tuple[Tensor, AbstractNoise, Tensor, Tensor, "AbstractTwist | None", Tensor]:
-        a, noise, xi, real = self.chain.steps_of(value)
+        a, noise, xi, real = chain.steps_of(value, known)
         mean, twist = torch.zeros_like(xi), None
-        if message is not None:
+        if self._on_steps(message) is not None:
             twist, mean = _twisted(noise, a, message.time_major().lifted(a.dim() - 1)[1:])
         if control is not None:
-            mean = mean + self._control_shift(control, value)
+            before = chain.split(chain.aligned(value))[0]
+            t, dt, _ = chain.layout(before.dim() - 1)
+            mean = mean + shift(control.drifts(before.dim() - 1).at_once(), t, dt, before)
         return a, noise, xi, mean, twist, real
 
 
@@ -260,7 +324,7 @@ def _unbound(x: Tensor | None, steps: int) -> "tuple[Tensor, ...] | list[None]":
     return [None] * steps if x is None else x.unbind(0)
 
 
-def fitting(message: Message, chain: Chain) -> Message:
+def fitting(message: Message, chain: Chain, points: int | None = None) -> Message:
     """Refuse a message that does not belong on a chain.
 
     Raises:
@@ -270,7 +334,7 @@ def fitting(message: Message, chain: Chain) -> Message:
         raise GuideError(
             f"`message` must be a Message or a tuple (loc, precision), got {type(message).__name__}."
         )
-    expected = (chain.steps + 1, chain.state_dim)
+    expected = (points or chain.steps + 1, chain.state_dim)
     if tuple(message.information.shape[-2:]) != expected:
         raise GuideError(
             f"The message ends in {tuple(message.information.shape[-2:])}, the path needs "
@@ -292,23 +356,3 @@ def _widened(chain: Chain, **batch: torch.Size) -> Chain:
 def start_has_rsample(chain: Chain) -> bool:
     """Whether the start of a path without message carries gradients."""
     return not isinstance(chain.start, RandomStart) or chain.start.prior.has_rsample
-
-
-def _probe_control(control: Control, chain: Chain) -> torch.Size:
-    z = chain.start.centre().detach().expand(*chain.batch_shape, chain.state_dim)
-    t, _, context = chain.layout(z.dim())
-    if chain.steps < 1:
-        return torch.Size()
-    with torch.no_grad():
-        u = call_field("control", control, t[0], z, None if context is None else context[0])
-    if u.shape[-1] not in (chain.noise_dim, 1):
-        raise ShapeError(f"The control returned {tuple(u.shape)}, expected (..., noise={chain.noise_dim}).")
-    return u.shape[:-1]
-
-
-def _frozen(control: Control | None) -> Control | None:
-    """The control with its own parameters detached; a closure cannot be looked into and stays attached."""
-    if not isinstance(control, nn.Module):
-        return control
-    parameters = {name: p.detach() for name, p in control.named_parameters()}
-    return lambda *args: torch.func.functional_call(control, parameters, args)

@@ -156,6 +156,16 @@ class MatrixNoise(AbstractNoise):
         return self.matrix
 
 
+def stacked(noises: list[AbstractNoise]) -> AbstractNoise:
+    """The noises of single steps as one, time-major."""
+    scales = [noise.scale for noise in noises if isinstance(noise, DiagonalNoise)]
+    return (
+        DiagonalNoise(torch.stack(scales))
+        if scales
+        else MatrixNoise(torch.stack([n.factor() for n in noises]))
+    )
+
+
 class DiagonalTwist(AbstractTwist):
     """S = diag(1 / p)."""
 

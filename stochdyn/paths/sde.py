@@ -6,10 +6,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn.fields import AbstractDiffusion, Field, as_diffusion
-from stochdyn.paths.chain import Chain
-from stochdyn.paths.guided import Control, GuidedPath, fitting, start_has_rsample
+from stochdyn.paths.chain import Chain, Known
+from stochdyn.paths.guided import GuidedPath, fitting, start_has_rsample
 from stochdyn.paths.message import Message, backward_information, linearise
 from stochdyn.paths.start import as_start
+from stochdyn.paths.steering import Control
 from stochdyn.paths.support import path_support
 from stochdyn.solvers import AbstractKernel, EulerMaruyama
 
@@ -74,6 +75,7 @@ class SDEPath(dist.TorchDistribution):
         )
         event_shape = torch.Size((self.chain.steps + 1, self.chain.state_dim))
         self._drawn: Tensor | None = None
+        self._recalled: GuidedPath | None = None
         self.has_rsample = start_has_rsample(self.chain)
         super().__init__(self.chain.batch_shape, event_shape, validate_args=validate_args)
 
@@ -89,7 +91,7 @@ class SDEPath(dist.TorchDistribution):
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "SDEPath":
         new = object.__new__(SDEPath)
         new.__dict__.update(self.__dict__)
-        new.chain, new._drawn = self.chain.expand(torch.Size(batch_shape)), None
+        new.chain, new._drawn, new._recalled = self.chain.expand(torch.Size(batch_shape)), None, None
         new._batch_shape = torch.Size(batch_shape)
         return new
 
@@ -105,15 +107,32 @@ class SDEPath(dist.TorchDistribution):
             self._validate_sample(value)
         value = self.chain.aligned(value)
         self.chain.check_start(value)
-        _, noise, xi, real = self.chain.steps_of(value)
+        _, noise, xi, real = self.chain.steps_of(value, self._known(value))
         return self.chain.start.log_prob(value[..., 0, :]) + self.chain.log_prob_of(noise, xi, real)
+
+    def recall(self, drawn: GuidedPath) -> None:
+        """Let `log_prob` of the path that a guide drew last reuse what drawing it computed; see `GuidedPath.recall`.
+
+        Only where the guide's fields are the same objects as this path's, with constant parts or modules.
+        """
+        self._recalled = drawn
+
+    def _known(self, value: Tensor) -> Known | None:
+        drawn = self._recalled
+        known = None if drawn is None else drawn.known(value)
+        if drawn is None or known is None or not self.chain.same_noise(drawn.chain):
+            return None
+        return known if drawn.steered is None and self.chain.same_drift(drawn.chain) else (None, known[1])
 
     def guided(
         self,
         message: "Message | tuple[Tensor, Tensor] | None" = None,
         control: Control | None = None,
         *,
+        drift: Field | None = None,
+        context: Tensor | None = None,
         score_message: Message | None = None,
+        score_context: Tensor | None = None,
     ) -> GuidedPath:
         """The same path, twisted: what a guide samples.
 
@@ -121,7 +140,11 @@ class SDEPath(dist.TorchDistribution):
             message: a `Message`, or (loc, precision) with loc (*batch, time, state) and precision (*batch,
                 time, state) or (*batch, time, state, state). Precision 0 is no message.
             control: `(t, z[, context]) -> (..., noise)`, a drift in noise units added to every step.
-            score_message: see `GuidedPath`.
+            drift: `(t, z[, context]) -> (..., state)`, in place of the prior's drift; without control, and with a
+                message of one time only, which acts on the start.
+            context: (*batch, context_dim) or (*batch, time, context_dim), for `drift` or `control`, instead of the
+                path's own.
+            score_message, score_context: see `GuidedPath`.
 
         Raises:
             GuideError, ShapeError, FieldError: if message or control do not fit this path.
@@ -137,7 +160,16 @@ class SDEPath(dist.TorchDistribution):
         """
         if isinstance(message, tuple):
             message = Message.at(*message)
-        return GuidedPath(self.chain, message, control, score_message, validate_args=self._validate_args)
+        return GuidedPath(
+            self.chain,
+            message,
+            control,
+            score_message,
+            drift=drift,
+            context=context,
+            score_context=score_context,
+            validate_args=self._validate_args,
+        )
 
 
 def information_filter(path: SDEPath, potential: Message, around: Tensor | None = None) -> Message:

@@ -1,0 +1,62 @@
+"""A drift bound to the context of every step: what does not depend on the state is computed once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stochdyn.fields import Field, evaluate
+
+BoundDrift = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Drifts:
+    """The drifts (t, z) of all steps of a chain.
+
+    Args:
+        field: the drift. One with `contribution` and `from_contribution` (see `NeuralField`) has its context's part
+            computed for all steps in one call.
+        context: (steps, *batch, context_dim), (1, ...) where static, or None.
+        steps: how many.
+
+    Example:
+        >>> import torch
+        >>> drifts = Drifts(lambda t, z: -z, None, 3)
+        >>> drifts.at_once()(torch.zeros(3, 1), torch.ones(3, 2)).shape, len(drifts.one_by_one())
+        (torch.Size([3, 2]), 3)
+    """
+
+    field: Field
+    context: Tensor | None
+    steps: int
+
+    def at_once(self) -> BoundDrift:
+        """For all steps together, time-major."""
+        bind, given = self._prepared()
+        return bind(given)
+
+    def one_by_one(self) -> list[BoundDrift]:
+        """One for each step."""
+        bind, given = self._prepared()
+        if given is None or given.shape[0] == 1:
+            return [bind(None if given is None else given[0])] * self.steps
+        return [bind(row) for row in given.unbind(0)]
+
+    def _prepared(self) -> tuple[Callable[[Tensor | None], BoundDrift], Tensor | None]:
+        """How to bind a step's share, and the shares of all steps."""
+        field = self.field
+        if self.context is not None and hasattr(field, "contribution"):
+            return lambda c: lambda t, z: field.from_contribution(t, z, c), field.contribution(self.context)
+        return lambda c: lambda t, z: evaluate("drift", field, t, z, c), self.context
+
+
+def in_time(context: Tensor | None, steps: int) -> Tensor | None:
+    """Of a context at grid times, the rows that hold at the start of each step; static ones keep their row.
+
+    Example:
+        >>> import torch
+        >>> in_time(torch.zeros(4, 2, 5), 3).shape, in_time(torch.zeros(1, 2, 5), 3).shape
+        (torch.Size([3, 2, 5]), torch.Size([1, 2, 5]))
+    """
+    return context if context is None or context.shape[0] == 1 else context[:steps]
