@@ -8,6 +8,7 @@ from stochdyn.decoders import AbstractDecoder, NormalDecoder
 from stochdyn.encoders import AbstractEncoder, GRUEncoder
 from stochdyn.guides import AmortizedGuide, FreeMessage
 from stochdyn.guides.messages import AbstractPathFamily
+from stochdyn.paths import Compiled
 from stochdyn.processes import NeuralSDE
 
 
@@ -27,6 +28,7 @@ class LatentSDE(nn.Module):
         decoder: in place of a linear `NormalDecoder`.
         encoder: in place of a `GRUEncoder(obs_dim, hidden)`.
         paths: how the guide guides the path: messages (`FreeMessage()`), or `PosteriorDrift()`, `Marginals()`.
+        loop: `Compiled()` compiles the guide's loop over time.
 
     References:
         Li, Wong, Chen & Duvenaud, "Scalable gradients for stochastic differential equations", 2020,
@@ -53,12 +55,15 @@ class LatentSDE(nn.Module):
         decoder: AbstractDecoder | None = None,
         encoder: AbstractEncoder | None = None,
         paths: AbstractPathFamily = FreeMessage(),  # noqa: B008
+        loop: Compiled | None = None,
     ) -> None:
         super().__init__()
         self.substeps = substeps
         self.process = process or NeuralSDE(state_dim, hidden)
         self.decoder = decoder or NormalDecoder(nn.Linear(state_dim, obs_dim), obs_dim, scale=noise)
-        guide = AmortizedGuide(self, encoder or GRUEncoder(obs_dim, hidden), paths=paths, hidden=hidden)
+        guide = AmortizedGuide(
+            self, encoder or GRUEncoder(obs_dim, hidden), paths=paths, hidden=hidden, loop=loop
+        )
         self._guide = (guide,)  # outside the module tree: what the guide learns is not the model's
 
     @property

@@ -1,5 +1,6 @@
-"""Conformance checks, public: run them on your own path or kernel, as our tests run them on ours."""
+"""Conformance checks, public: run them on your own path, kernel or encoder, as our tests run them on ours."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
+from stochdyn.data import Series
+from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import StochdynError
 from stochdyn.fields import AbstractDiffusion, MatrixDiffusion, as_diffusion
 from stochdyn.solvers import AbstractKernel
 
-__all__ = ["ConformanceError", "check_kernel", "check_path"]
+__all__ = ["ConformanceError", "check_encoder", "check_kernel", "check_path"]
 
 
 class ConformanceError(StochdynError, AssertionError):
@@ -76,6 +79,37 @@ def check_kernel(kernel: AbstractKernel, *, draws: int = 20000, seed: int = 0) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _check_step(kernel, as_diffusion(diffusion), draws)
+
+
+def check_encoder(encoder: AbstractEncoder, *, channels: int = 2, covariates: int = 0, seed: int = 0) -> None:
+    """Check that an encoder reads the data and nothing else, each entry from its time on; raise at the first fault.
+
+    On ragged series with holes, by a copy in float64: the shape, and that the same data give the same encoding;
+    values where the mask is False change nothing, bit for bit; neither padding nor the order of the batch nor times
+    without observations change an entry; entry k does not depend on what came before time k; every entry depends on
+    times, values, mask and covariates from its time on; all parameters get finite gradients.
+
+    Args:
+        encoder: the encoder, with parameters of any values; it is left as it is.
+        channels: how many it is made for.
+        covariates: how many it is made for; both static and time-varying ones are tried.
+        seed: of the data; the random state outside is kept.
+
+    Raises:
+        ConformanceError: naming the promise and what was got.
+
+    Example:
+        >>> import stochdyn as sd
+        >>> check_encoder(sd.GRUEncoder(obs_dim=2, hidden=8))
+    """
+    net = copy.deepcopy(encoder).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for timed in (False, True) if covariates else (False,):
+            batch = _example(channels, covariates, timed)
+            _check_encoding(net, batch)
+            _check_data_only(net, batch)
+            _check_parameters(net, batch)
 
 
 def _drift(t: Tensor, z: Tensor) -> Tensor:
@@ -225,3 +259,127 @@ def _within(what: str, got: Tensor, expected: Tensor, error: Tensor) -> None:
         k = tuple(bad.nonzero()[0].tolist())
         want = expected.expand_as(got)[k]
         raise ConformanceError(f"{what}, at {k}: {got[k]:g}, expected {want:g} within {5 * error[k]:.2g}.")
+
+
+def _example(channels: int, covariates: int, timed: bool) -> Series:
+    """Three series of 7, 5 and 6 times; holes in single channels, and one time without any observation."""
+    lengths = (7, 5, 6)
+    times = [(0.2 + torch.rand(n).double()).cumsum(0) for n in lengths]
+    values = [torch.randn(n, channels).double() for n in lengths]
+    masks = [torch.ones(n, channels).bool() for n in lengths]
+    masks[0][2, 0] = masks[1][3, -1] = False
+    masks[2][3] = False
+    given: Any = torch.randn(3, covariates).double() if covariates else None
+    if covariates and timed:
+        given = [torch.randn(n, covariates).double() for n in lengths]
+    return Series.from_list(list(zip(times, values, masks, strict=True)), covariates=given)
+
+
+def _remade(batch: Series, **changes: Any) -> Series:
+    fields = {
+        "times": batch.times,
+        "values": batch.values,
+        "mask": batch.mask,
+        "covariates": batch.covariates,
+    }
+    return Series(**{**fields, **changes})
+
+
+def _check_encoding(net: AbstractEncoder, batch: Series) -> None:
+    got, expected = net(batch), (*batch.values.shape[:2], net.hidden)
+    if got.shape != expected or got.dtype != torch.float64:
+        raise ConformanceError(
+            f"encoding: {tuple(got.shape)} {got.dtype}, expected {expected} torch.float64."
+        )
+    if not torch.isfinite(got).all():
+        raise ConformanceError("encoding: not finite.")
+    if not torch.equal(got, net(batch)):
+        raise ConformanceError("encoding: the same batch gave two different encodings.")
+    # `Series` would put its own stand-ins back.
+    filled = batch._with(values=torch.where(batch.mask, batch.values, batch.values + 7))
+    if not torch.equal(got, net(filled)):
+        raise ConformanceError(
+            "missing values: changing values where the mask is False changes the encoding."
+        )
+    nothing = _remade(batch, mask=torch.zeros_like(batch.mask))
+    if not torch.isfinite(net(nothing)).all():
+        raise ConformanceError("missing values: without any observation the encoding is not finite.")
+
+
+@torch.no_grad()
+def _check_data_only(net: AbstractEncoder, batch: Series) -> None:
+    _check_padding(net, batch)
+    _check_reach(net, batch)
+    timed = batch.covariates is not None and batch.covariates.dim() == 3
+    for what in _CHANGES[: 3 + timed]:
+        _check_causality(net, batch, what)
+    if batch.covariates is not None:
+        _check_read("covariates", net, batch, _remade(batch, covariates=batch.covariates + 1))
+
+
+def _check_padding(net: AbstractEncoder, batch: Series) -> None:
+    together, real = net(batch), batch.mask.any(-1)
+    for i, length in enumerate(batch.lengths.tolist()):
+        given = batch[[i]].covariates
+        given = given[:, :length] if given is not None and given.dim() == 3 else given
+        row = {"values": batch.values[i : i + 1, :length], "mask": batch.mask[i : i + 1, :length]}
+        alone = net(Series(batch.times[i, :length], **row, covariates=given))
+        keep = real[i, :length]
+        _same("padding", alone[0, keep], together[i, :length][keep])
+    order = torch.tensor([2, 0, 1])
+    _same("order of the batch", net(batch[order]), together[order])
+    between = (batch.times[0, :1] + batch.times[0, 1:2]) / 2
+    more = batch.extend(torch.cat([between, batch.times.max() + torch.tensor([1.0, 2.0]).double()]))
+    _same("times without observations", net(more)[more.mask.any(-1)], together[real])
+
+
+def _check_reach(net: AbstractEncoder, batch: Series) -> None:
+    """What must have influence on some entry; the first series has its hole in one channel only."""
+    first = batch[[0]]
+    zero = torch.where(first.mask, first.values, torch.zeros_like(first.values))
+    full = _remade(first, values=zero, mask=torch.ones_like(first.mask))
+    _check_read("mask", net, full._with(mask=first.mask), full)
+    _check_read("times", net, batch, _remade(batch, times=batch.times * 1.5))
+
+
+def _check_read(what: str, net: AbstractEncoder, batch: Series, other: Series) -> None:
+    if not ((net(batch) - net(other)).abs().amax((1, 2)) > 1e-9).any():
+        raise ConformanceError(f"{what}: not read; other {what} give the same encoding.")
+
+
+def _moved(batch: Series, j: int, what: str) -> Series:
+    """The batch with what was observed at time j changed."""
+    at = torch.arange(batch.values.shape[1]) == j
+    if what == "times":
+        return _remade(batch, times=batch.times - 0.1 * at)
+    if what == "mask":
+        return _remade(batch, mask=batch.mask & ~(at[:, None] & (torch.arange(batch.obs_dim) == 0)))
+    return _remade(batch, **{what: getattr(batch, what) + 1.0 * at[:, None]})
+
+
+_CHANGES = ("values", "times", "mask", "covariates")
+
+
+def _check_causality(net: AbstractEncoder, batch: Series, what: str) -> None:
+    """The first series has no hole at time 4, and observations before and after it."""
+    j, before, after = 4, net(batch[[0]])[0], net(_moved(batch[[0]], 4, what))[0]
+    difference = (before - after).abs().amax(-1)
+    later, earlier = difference[j + 1 :].max(), difference[: j + 1].min()
+    if later > 1e-10:
+        raise ConformanceError(f"causality: {what} at time {j} change a later entry by {later:g}.")
+    if not earlier > 1e-10:
+        raise ConformanceError(f"reach: {what} at time {j} do not change all entries up to {j}.")
+
+
+def _check_parameters(net: AbstractEncoder, batch: Series) -> None:
+    net.zero_grad()
+    (net(batch) * torch.randn(net.hidden).double()).sum().backward()
+    for name, p in net.named_parameters():
+        if p.grad is None or not torch.isfinite(p.grad).all() or not p.grad.any():
+            raise ConformanceError(f"gradients: parameter '{name}' gets none, zero, or not a finite one.")
+
+
+def _same(what: str, got: Tensor, expected: Tensor) -> None:
+    difference = (got - expected).abs().max()
+    if not difference < 1e-10:
+        raise ConformanceError(f"{what}: changes an entry by {difference:g}.")

@@ -51,7 +51,7 @@ def check_readme(names, out, files):
 
 
 def check_diagnostics(names, out, files):
-    assert files == {"losses.png", "forecast.png", "phase.png", "fit.nc"}
+    assert files == {"losses.png", "forecast.png", "phase.png", "calibration.png", "fit.nc"}
     assert "k-hat 0." in out
     assert names["idata"]["posterior"]["z"].dims == ("chain", "draw", "subject", "time", "state")
 

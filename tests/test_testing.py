@@ -7,7 +7,7 @@ from torch.distributions import constraints
 
 import stochdyn as sd
 from stochdyn.paths.support import PathSupport, PathTransform
-from stochdyn.testing import ConformanceError, check_kernel, check_path
+from stochdyn.testing import ConformanceError, check_encoder, check_kernel, check_path
 
 F64 = torch.float64
 TS = torch.linspace(0, 1, 6, dtype=F64)
@@ -205,9 +205,10 @@ def test_a_value_over_one_dimension_is_no_path():
 
 
 def test_the_random_state_outside_is_kept():
-    before = torch.get_rng_state()
+    net, before = sd.GRUEncoder(2, 4), torch.get_rng_state()
     check_path(build("diagonal"), draws=100)
     check_kernel(sd.EulerMaruyama(), draws=100)
+    check_encoder(net)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -281,3 +282,139 @@ class DropsCorrelation(sd.EulerMaruyama):
 def test_a_broken_kernel_is_found(kernel, complaint):
     with pytest.raises(ConformanceError, match=complaint):
         check_kernel(kernel)
+
+
+class Reader(sd.GRUEncoder):
+    """The broken ones below differ from it in one thing each."""
+
+    def __init__(self):
+        super().__init__(2, 6, covariates=3)
+
+
+class OtherShape(Reader):
+    def forward(self, batch):
+        return super().forward(batch)[..., :5]
+
+
+class SinglePrecision(Reader):
+    def forward(self, batch):
+        return super().forward(batch).float()
+
+
+class NotFinite(Reader):
+    def forward(self, batch):
+        return super().forward(batch) / batch.mask.any(-1, keepdim=True)
+
+
+class Random(Reader):
+    def forward(self, batch):
+        out = super().forward(batch)
+        return out + torch.rand_like(out)
+
+
+class SeesMissing(Reader):
+    def forward(self, batch):
+        return super().forward(batch) + batch.values.sum(-1, keepdim=True)
+
+
+class SeesPadding(Reader):
+    def forward(self, batch):
+        return super().forward(batch) * batch.values.shape[1]
+
+
+class SeesNeighbours(Reader):
+    def forward(self, batch):
+        return super().forward(batch) + torch.arange(len(batch))[:, None, None]
+
+
+class CountsQuestions(Reader):
+    """Times without observations count."""
+
+    def forward(self, batch):
+        return super().forward(batch) + batch.lengths[:, None, None]
+
+
+class Centred(Reader):
+    """Each entry sees the whole series, the past as well."""
+
+    def forward(self, batch):
+        out = super().forward(batch)
+        return (
+            out
+            + torch.where(batch.mask, batch.values, torch.zeros_like(batch.values)).sum((1, 2))[:, None, None]
+        )
+
+
+class Forwards(Reader):
+    def encode(self, rows):
+        real = (rows.inputs[..., 2:4].sum(-1) > 0)[..., None]
+        out = self.gru((rows.stepped * real).flip(1))[0].flip(1)
+        return torch.where(real, out, torch.zeros_like(out))
+
+
+class Forgetful(Reader):
+    """Each entry sees its own time only."""
+
+    def encode(self, rows):
+        x = rows.stepped
+        return self.gru(x.reshape(-1, 1, x.shape[-1]))[0].reshape(*x.shape[:2], -1)
+
+
+class NoTimes(Reader):
+    def encode(self, rows):
+        return self.gru(torch.cat([rows.inputs, torch.zeros_like(rows.gap[..., None])], -1))[0]
+
+
+class NoMask(Reader):
+    def encode(self, rows):
+        hide = torch.tensor([1.0, 1, 0, 0, 1, 1, 1, 1]).double()
+        return self.gru(rows.stepped * hide)[0]
+
+
+class NoCovariates(Reader):
+    def encode(self, rows):
+        hide = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 1]).double()
+        return self.gru(rows.stepped * hide)[0]
+
+
+class Unused(Reader):
+    def __init__(self):
+        super().__init__()
+        self.idle = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        (Reader, None),
+        (OtherShape, "encoding: .*expected"),
+        (SinglePrecision, "encoding: .*float32"),
+        (NotFinite, "not finite"),
+        (Random, "two different encodings"),
+        (SeesMissing, "missing values"),
+        (SeesPadding, "padding"),
+        (SeesNeighbours, "padding|order of the batch"),
+        (CountsQuestions, "times without observations"),
+        (Centred, "causality: values at time 4"),
+        (Forwards, "padding|causality"),
+        (Forgetful, "reach: values at time 4"),
+        (NoTimes, "times: not read"),
+        (NoMask, "mask: not read"),
+        (NoCovariates, "covariates: not read|reach: covariates"),
+        (Unused, "parameter 'idle.weight' gets none"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_broken_encoder_is_found(kind, complaint):
+    torch.manual_seed(0)
+    if complaint is None:
+        check_encoder(kind(), covariates=3)
+        return
+    with pytest.raises(ConformanceError, match=complaint):
+        check_encoder(kind(), covariates=3)
+
+
+def test_checking_an_encoder_leaves_it_as_it_is():
+    net = sd.SetEncoder(2, 4)
+    check_encoder(net)
+    assert all(p.dtype == torch.float32 and p.grad is None for p in net.parameters())

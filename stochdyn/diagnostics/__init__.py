@@ -3,10 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from stochdyn.diagnostics.calibration import Calibration, sbc
+from stochdyn.diagnostics.calibration import Calibration, sbc, tarp
+from stochdyn.diagnostics.calibration_plot import plot_calibration
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
 from stochdyn.diagnostics.tree import Variable, build_tree
+from stochdyn.diagnostics.two_sample import TwoSample, c2st
 
 if TYPE_CHECKING:
     from stochdyn.diagnostics.arviz import to_arviz, to_inference_data
@@ -18,15 +20,19 @@ __all__ = [
     "ParetoK",
     "Summary",
     "SummaryRow",
+    "TwoSample",
     "Variable",
     "build_tree",
+    "c2st",
     "pareto_k",
+    "plot_calibration",
     "plot_forecast",
     "plot_losses",
     "plot_phase",
     "psis_weights",
     "sbc",
     "summarise",
+    "tarp",
     "to_arviz",
     "to_inference_data",
 ]

@@ -126,6 +126,61 @@ def sbc(
     return Calibration({name: np.concatenate(parts) for name, parts in found.items()}, draws)
 
 
+def tarp(truth: Any, draws: Any, *, references: Any = None, seed: int = 0) -> Calibration:
+    """Ranks of the truth's distance to a reference point among the distances of the draws: expected coverage by balls.
+
+    One number for all dimensions jointly: it sees grossly wrong correlations, which ranks of single quantities do not,
+    and little of a bias. Columns are scaled by the spread of the truths. References must not depend on the truth of
+    their own simulation. By default each is the truth of another one, and a posterior that ignores the data passes;
+    references that depend on the data (and on nothing else) see that too.
+
+    Args:
+        truth: (simulation, d) true values, simulated independently.
+        draws: (draw, simulation, d) of the posterior.
+        references: (simulation, d).
+        seed: of the default references and of ties.
+
+    Returns:
+        A `Calibration` with the one quantity "distance".
+
+    Raises:
+        ShapeError: if shapes do not fit.
+        DataError: if a value is not finite, or there is one simulation only.
+
+    References:
+        Lemos et al., "Sampling-based accuracy testing of posterior estimators for general inference", 2023,
+        https://arxiv.org/abs/2302.03026
+
+    Example:
+        >>> import numpy as np
+        >>> import stochdyn as sd
+        >>> rng = np.random.default_rng(0)
+        >>> sd.tarp(rng.normal(size=(500, 3)), rng.normal(size=(99, 500, 3))).passed()
+        True
+    """
+    true, sample = as_array(truth).astype(float), as_array(draws).astype(float)
+    if true.ndim != 2 or sample.ndim != 3 or sample.shape[1:] != true.shape:
+        raise ShapeError(
+            f"truth has shape {true.shape}, draws {sample.shape}; expected (simulation, d) and (draw, simulation, d)."
+        )
+    if len(true) < 2:
+        raise DataError("one simulation says nothing about coverage. Take hundreds.")
+    rng = np.random.default_rng(seed)
+    if references is None:
+        order = rng.permutation(len(true))
+        points = np.empty_like(true)
+        points[order] = true[np.roll(order, 1)]
+    else:
+        points = as_array(references).astype(float)
+    if points.shape != true.shape:
+        raise ShapeError(f"references have shape {points.shape}, truth {true.shape}. Give one for each.")
+    spread = true.std(0)
+    scale = np.where(spread > 0, spread, 1.0)
+    distances = {"distance": np.linalg.norm((true - points) / scale, axis=-1)}
+    ranks, count = _ranked(distances, {"distance": np.linalg.norm((sample - points) / scale, axis=-1)}, rng)
+    return Calibration(ranks, count)
+
+
 def _ranked(
     truth: Mapping[str, Any], draws: Mapping[str, Any], rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], int]:

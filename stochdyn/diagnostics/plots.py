@@ -92,7 +92,7 @@ def plot_losses(losses: Any, *, per: int | None = None, ax: Axes | None = None) 
             f"none of the {len(trace)} losses is finite, so there is nothing to plot. Check the fit."
         )
     trace = np.where(np.isfinite(trace), trace if per is None else -trace / per, np.nan)
-    axes = _new_axes(1, (7, 3.2))[0] if ax is None else ax
+    axes = new_axes(1, (7, 3.2))[0] if ax is None else ax
     centres, medians = _running_median(trace)
     axes.plot(np.arange(1, len(trace) + 1), trace, color=COLORS[0], alpha=0.3, lw=0.7, label="each step")
     axes.plot(centres, medians, color=COLORS[0], lw=1.8, label="running median")
@@ -100,7 +100,7 @@ def plot_losses(losses: Any, *, per: int | None = None, ax: Axes | None = None) 
     axes.set_xlim(1, max(len(trace), 2))
     axes.set(xlabel="step", ylabel="loss" if per is None else "ELBO per series")
     axes.legend(frameon=False, fontsize="small")
-    _clean(axes)
+    clean(axes)
     return axes
 
 
@@ -153,7 +153,7 @@ def plot_forecast(
     panels = _select(channels, fan.names)
     if log and not (fan.draws[..., panels] > 0).any((0, 1)).all():
         raise DataError("log=True, but a panel has no positive draw. Plot it with log=False.")
-    grid = _given_axes(axes, len(panels)) if axes is not None else _new_axes(len(panels), (8, 2.5))
+    grid = given_axes(axes, len(panels)) if axes is not None else new_axes(len(panels), (8, 2.5))
     points = None if states else (observed if observed is not None else getattr(prediction, "data", None))
     for ax, panel in zip(grid, panels, strict=True):
         color = COLORS[panel % len(COLORS)]
@@ -163,7 +163,7 @@ def plot_forecast(
         if log:
             ax.set_yscale("log", nonpositive="clip")
         ax.set_ylabel(fan.names[panel])
-        _clean(ax)
+        clean(ax)
     grid[-1].set_xlabel(time_label)
     grid[0].legend(
         loc="lower left", bbox_to_anchor=(0, 1.01), ncols=8, frameon=False, fontsize="small", borderaxespad=0
@@ -217,7 +217,7 @@ def plot_phase(
     if len(channels) != 2:
         raise ShapeError(f"channels={tuple(channels)}: a phase plane has two. Name x, then y.")
     x, y = _select(channels, fan.names)
-    axes = _new_axes(1, (5.2, 4.8))[0] if ax is None else ax
+    axes = new_axes(1, (5.2, 4.8))[0] if ax is None else ax
     some = np.linspace(0, len(fan.draws) - 1, min(draws, len(fan.draws))).round().astype(int)
     for i, draw in enumerate(fan.draws[some]):
         label = "draws" if i == 0 else None
@@ -231,7 +231,7 @@ def plot_phase(
         _draw_points(axes, a[at_x], b[at_y], fan.last, both)
     axes.set(xlabel=fan.names[x], ylabel=fan.names[y])
     axes.legend(frameon=False, fontsize="small")
-    _clean(axes)
+    clean(axes)
     return axes
 
 
@@ -368,7 +368,8 @@ def _robust_limits(trace: np.ndarray) -> tuple[float, float]:
     return low - 0.05 * (high - low) - 0.01 * span, high + 0.05 * (high - low) + 0.01 * span
 
 
-def _new_axes(count: int, size: tuple[float, float]) -> np.ndarray:
+def new_axes(count: int, size: tuple[float, float]) -> np.ndarray:
+    """A new figure of `count` panels above each other, `size` the width and the height of one."""
     import matplotlib.pyplot as plt
 
     _, grid = plt.subplots(
@@ -377,14 +378,20 @@ def _new_axes(count: int, size: tuple[float, float]) -> np.ndarray:
     return grid[:, 0]
 
 
-def _given_axes(axes: Any, count: int) -> np.ndarray:
+def given_axes(axes: Any, count: int) -> np.ndarray:
+    """The user's axes as a flat array.
+
+    Raises:
+        ShapeError: if their number is another.
+    """
     grid = np.atleast_1d(np.asarray(axes, dtype=object)).ravel()
     if len(grid) != count:
         raise ShapeError(f"{len(grid)} axes for {count} panels. Give one for each channel.")
     return grid
 
 
-def _clean(ax: Axes) -> None:
+def clean(ax: Axes) -> None:
+    """The look of all our plots."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color=MUTED, alpha=0.15, lw=0.6)
     ax.tick_params(colors=INK, labelsize="small")

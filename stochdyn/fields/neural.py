@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class MLP(nn.Module):
             raise ShapeError(
                 f"MLP: sizes must be at least 1, got {widths}. `hidden` are the widths of layers."
             )
-        self.layers = nn.ModuleList(Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in pairwise(widths))
         self.activation, self.final = activation, final
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class NeuralField(nn.Module):
     """A field (t, z[, context]) -> (..., outputs) by a multilayer perceptron.
 
     The first layer is applied to state, context and time apart, so that a path can apply it to the context of all its
-    steps at once (`contribution`), outside its loop over time.
+    steps at once (`contribution`), outside its loop over time. A field of your own may have the same two methods.
 
     Args:
         state_dim: size of z.
@@ -156,10 +157,20 @@ class NeuralField(nn.Module):
         weight = self.net.layers[0].weight
         if contribution.dim() == 1 and weight.dim() == 2 and not self.time and not self.context_dim:
             return self.net(z)
-        x = _affine(z, weight[..., : self.state_dim], None) + contribution
-        if self.time:
-            x = x + t * weight[..., -1]
-        return self.net.after_first(x)
+        return self._from_parts(t, z, contribution, self._parts())
+
+    def prepared(self, context: Tensor) -> tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+        """The contributions of all steps, and the field as a function of t, z and one step's contribution."""
+        parts = self._parts()  # sliced once: a slice per step would cost a full-size gradient each
+        return self.contribution(context), lambda t, z, c: self._from_parts(t, z, c, parts)
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        weight = self.net.layers[0].weight
+        return weight[..., : self.state_dim], weight[..., -1]
+
+    def _from_parts(self, t: Tensor, z: Tensor, contribution: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
+        x = _affine(z, parts[0], None) + contribution
+        return self.net.after_first(x + t * parts[1] if self.time else x)
 
 
 class ElementwiseField(nn.Module):
@@ -198,7 +209,7 @@ class ElementwiseField(nn.Module):
         super().__init__()
         if not (scale > 0 and floor >= 0):
             raise FieldError(
-                f"ElementwiseField: needs scale > 0 and floor >= 0, got scale={scale}, floor={floor}. Noise is positive."
+                f"ElementwiseField: needs scale > 0 and floor >= 0, got {scale} and {floor}. Noise is positive."
             )
         bound = 1 / math.sqrt(hidden)
         self.weight = nn.Parameter(torch.empty(state_dim, hidden).uniform_(-1, 1))
@@ -208,6 +219,8 @@ class ElementwiseField(nn.Module):
         self.scale, self.floor, self.activation = scale, floor, activation
 
     def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
-        hidden = self.activation(torch.addcmul(self.bias, z[..., None], self.weight))
-        out = (hidden * self.out_weight).sum(-1) + self.out_bias
+        rows = z.reshape(-1, z.shape[-1]).t()[..., None]
+        hidden = self.activation(torch.baddbmm(self.bias[:, None], rows, self.weight[:, None]))
+        out = torch.baddbmm(self.out_bias[:, None, None], hidden, self.out_weight[..., None])
+        out = out[..., 0].t().reshape(z.shape)
         return self.scale * torch.sigmoid(out) + self.floor

@@ -1,6 +1,7 @@
 """Paths: Pyro distributions over whole trajectories."""
 
 from stochdyn.paths import kl
+from stochdyn.paths.compiled import Compiled
 from stochdyn.paths.filter import particle_evidence
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.message import Message

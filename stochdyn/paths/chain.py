@@ -151,9 +151,10 @@ class Chain:
             return evaluate("drift", self.drift, s, x, context)
 
         a, G = self.solver.step(drift or own, self.diffusion, t, dt, z, context)
-        return a, self._noise(G)
+        return a, self.noise_of(G)
 
-    def _noise(self, G: Tensor) -> AbstractNoise:
+    def noise_of(self, G: Tensor) -> AbstractNoise:
+        """The noise with a factor G, as the diffusion gives it."""
         if not self.diffusion.diagonal:
             return MatrixNoise(G)
         return DiagonalNoise(G if G.shape[-1] == self.state_dim else G.expand(*G.shape[:-1], self.state_dim))
@@ -180,7 +181,7 @@ class Chain:
             return None
         t, dt, context = self.layout(ndim)
         z = torch.zeros((1,) * ndim, dtype=self.dtype, device=self.device)
-        return self._noise(self.solver.step(lambda s, x: x, self.diffusion, t, dt, z, context)[1])
+        return self.noise_of(self.solver.step(lambda s, x: x, self.diffusion, t, dt, z, context)[1])
 
     def aligned(self, value: Tensor) -> Tensor:
         """A path with every batch dimension of the chain, so that time-major fields broadcast.

@@ -15,7 +15,7 @@ class Drifts:
     """The drifts (t, z) of all steps of a chain.
 
     Args:
-        field: the drift. One with `contribution` and `from_contribution` (see `NeuralField`) has its context's part
+        field: the drift. One with `prepared` (see `NeuralField`) has its context's part
             computed for all steps in one call.
         context: (steps, *batch, context_dim), (1, ...) where static, or None.
         steps: how many.
@@ -36,6 +36,12 @@ class Drifts:
         bind, given = self._prepared()
         return bind(given)
 
+    def shares(self) -> Tensor | None:
+        """What the field gets of the context at each step: its contribution, where the field has one."""
+        if self.context is not None and hasattr(self.field, "contribution"):
+            return self.field.contribution(self.context)
+        return self.context
+
     def one_by_one(self) -> list[BoundDrift]:
         """One for each step."""
         bind, given = self._prepared()
@@ -45,10 +51,11 @@ class Drifts:
 
     def _prepared(self) -> tuple[Callable[[Tensor | None], BoundDrift], Tensor | None]:
         """How to bind a step's share, and the shares of all steps."""
-        field = self.field
-        if self.context is not None and hasattr(field, "contribution"):
-            return lambda c: lambda t, z: field.from_contribution(t, z, c), field.contribution(self.context)
-        return lambda c: lambda t, z: evaluate("drift", field, t, z, c), self.context
+        field, context = self.field, self.context
+        if context is not None and hasattr(field, "prepared"):
+            given, value = field.prepared(context)
+            return lambda c: lambda t, z: value(t, z, c), given
+        return lambda c: lambda t, z: evaluate("drift", field, t, z, c), context
 
 
 def in_time(context: Tensor | None, steps: int) -> Tensor | None:

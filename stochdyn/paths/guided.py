@@ -10,6 +10,7 @@ from stochdyn.errors import GuideError
 from stochdyn.fields import Field
 from stochdyn.paths.chain import LOG_2PI, Chain, Known
 from stochdyn.paths.checks import joint_batch
+from stochdyn.paths.compiled import Compiled, StepInputs
 from stochdyn.paths.drifts import BoundDrift
 from stochdyn.paths.message import Message
 from stochdyn.paths.noise import AbstractNoise, AbstractTwist, apply_precision, stacked
@@ -33,6 +34,7 @@ class GuidedPath(dist.TorchDistribution):
             message has one time only, the first, and acts on the start.
         context: what `drift` and `control` get instead of the path's own context.
         score_context: the context as `score_parts` sees it, by default detached; see `score_message`.
+        loop: `Compiled(...)` runs the loop over time compiled; None runs it step by step.
         score_message: the message as `score_parts` sees it. By default the message detached; a guide whose
             message depends on latents sampled before the path passes one in which only its own parameters are
             detached.
@@ -62,6 +64,7 @@ class GuidedPath(dist.TorchDistribution):
         drift: Field | None = None,
         context: Tensor | None = None,
         score_context: Tensor | None = None,
+        loop: Compiled | None = None,
         validate_args: bool | None = None,
     ) -> None:
         check_combination(control, drift, context, chain)
@@ -80,7 +83,7 @@ class GuidedPath(dist.TorchDistribution):
             self.steered = chain.steered(drift, context)
             chain = _widened(chain, drift=self.steered.batch_shape)
         self.message, self.score_message, self._score_context = message, score_message, score_context
-        self.chain = chain
+        self.chain, self.loop = chain, loop
         self.has_rsample = message is not None or start_has_rsample(chain)
         self._drawn: Tensor | None = None
         self._steps: tuple[list[Tensor], list[AbstractNoise] | AbstractNoise] | None = None
@@ -139,6 +142,9 @@ class GuidedPath(dist.TorchDistribution):
         t, dt, context = chain.layout(ndim)
         message = None if self._on_steps(self.message) is None else self.message.time_major().lifted(ndim)
         eps = eps[1:, ..., : chain.noise_dim]
+        compiled = self._compiled(z, message, eps)
+        if compiled is not None:
+            return compiled
         affine = self._affine(message, eps, ndim) if self.control is None else None
         # Unbound once: a slice per step would cost a full-size gradient each.
         at = list(zip(t.unbind(0), dt.unbind(0), chain.drifts(ndim).one_by_one(), strict=True))
@@ -162,6 +168,22 @@ class GuidedPath(dist.TorchDistribution):
             noises.append(noise)
         self._steps = means, noises
         return torch.stack(states, -2)
+
+    def _compiled(self, z: Tensor, message: Message | None, eps: Tensor) -> Tensor | None:
+        """The path by the compiled loop, where there is one and it can."""
+        if self.loop is None or self.control is not None or (message is not None and not message.diagonal):
+            return None
+        chain, ndim = self._own, z.dim()
+        t, dt, context = chain.layout(ndim)
+        drifts, after = chain.drifts(ndim), None if message is None else message[1:]
+        h, J = (None, None) if after is None else (after.information, after.precision)
+        inputs = StepInputs(t, dt, drifts.shares(), context, h, J, eps)
+        found = self.loop.run(chain.drift, chain.diffusion, chain.solver, z, inputs)
+        if found is None:
+            return None
+        states, means, scales = found
+        self._steps = means, [chain.noise_of(G) for G in scales]
+        return torch.stack([z.expand(states[0].shape), *states], -2)
 
     def _affine_steps(
         self,

@@ -7,6 +7,7 @@ from torch.distributions import constraints
 
 from stochdyn.fields import AbstractDiffusion, Field, as_diffusion
 from stochdyn.paths.chain import Chain, Known
+from stochdyn.paths.compiled import Compiled
 from stochdyn.paths.guided import GuidedPath, fitting, start_has_rsample
 from stochdyn.paths.message import Message, backward_information, linearise
 from stochdyn.paths.start import as_start
@@ -133,6 +134,7 @@ class SDEPath(dist.TorchDistribution):
         context: Tensor | None = None,
         score_message: Message | None = None,
         score_context: Tensor | None = None,
+        loop: Compiled | None = None,
     ) -> GuidedPath:
         """The same path, twisted: what a guide samples.
 
@@ -144,7 +146,7 @@ class SDEPath(dist.TorchDistribution):
                 message of one time only, which acts on the start.
             context: (*batch, context_dim) or (*batch, time, context_dim), for `drift` or `control`, instead of the
                 path's own.
-            score_message, score_context: see `GuidedPath`.
+            score_message, score_context, loop: see `GuidedPath`.
 
         Raises:
             GuideError, ShapeError, FieldError: if message or control do not fit this path.
@@ -168,6 +170,7 @@ class SDEPath(dist.TorchDistribution):
             drift=drift,
             context=context,
             score_context=score_context,
+            loop=loop,
             validate_args=self._validate_args,
         )
 

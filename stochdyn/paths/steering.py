@@ -84,9 +84,8 @@ class Frozen:
     def __init__(self, module: nn.Module) -> None:
         self._module = copy.copy(module)
         _detach(self._module)
-        if hasattr(module, "contribution"):
-            self.contribution = self._module.contribution
-            self.from_contribution = self._module.from_contribution
+        if hasattr(module, "prepared"):
+            self.prepared = self._module.prepared
 
     def __call__(self, *args: Tensor) -> Tensor:
         return self._module(*args)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 import stochdyn as sd
-from stochdyn.diagnostics import Calibration, sbc
+from stochdyn.diagnostics import Calibration, sbc, tarp
 
 SIMULATIONS, DRAWS = 1000, 100
 
@@ -87,3 +87,68 @@ def test_bad_input_is_named():
         sbc(lambda rng: ({"a": np.zeros(2)}, None), lambda _: {"a": np.zeros((3, 5))}, progress=False)
     with pytest.raises(sd.DataError, match="`simulations` must be at least 1"):
         sbc(lambda rng: ({}, None), lambda _: {}, simulations=0)
+
+
+def joint(seed=0, scale=1.0, shift=0.0, r=0.8, ignore=False):
+    """Two means, of prior N(0, 1), with one observation each whose errors are correlated by 0.8; r is what the
+    posterior uses. Returns truth, draws and data."""
+    rng = np.random.default_rng(seed)
+    mu = rng.normal(size=(SIMULATIONS, 2))
+    noise = np.array([[1, 0.8], [0.8, 1]])
+    y = mu + rng.normal(size=(SIMULATIONS, 2)) @ np.linalg.cholesky(noise).T
+    covariance = np.linalg.inv(np.eye(2) + np.linalg.inv(noise))
+    mean = y @ (covariance @ np.linalg.inv(noise)).T
+    right = covariance[0, 1] / covariance[0, 0]
+    used = np.diag(np.diag(covariance)) @ np.array([[1, right * r / 0.8], [right * r / 0.8, 1]])
+    z = rng.normal(size=(DRAWS, SIMULATIONS, 2))
+    draws = z if ignore else mean + shift + scale * z @ np.linalg.cholesky(used).T
+    return mu, draws, y
+
+
+def test_distances_of_a_right_posterior_pass_at_the_promised_rate():
+    rejected = sum(not tarp(*joint(seed=k)[:2], seed=k).passed(0.05) for k in range(60))
+    assert rejected <= 60 * 0.05 + 4 * (60 * 0.05 * 0.95) ** 0.5
+
+
+@pytest.mark.parametrize("distorted", [{"scale": 0.8}, {"scale": 1.25}])
+def test_distances_find_a_wrong_spread(distorted):
+    assert all(not tarp(*joint(seed=k, **distorted)[:2]).passed(0.01) for k in range(5))
+
+
+def test_distances_often_find_a_wrong_correlation_and_the_ranks_of_single_quantities_never():
+    joint_found, single_found = 0, 0
+    for k in range(20):
+        truth, draws, _ = joint(seed=k, r=-0.8)
+        joint_found += not tarp(truth, draws).passed(0.01)
+        single = {str(i): (draws[..., i] < truth[:, i]).sum(0) for i in range(2)}
+        single_found += not Calibration(single, DRAWS).passed(0.01)
+    assert joint_found >= 7
+    assert single_found <= 0.2 + 4 * 0.2**0.5
+
+
+def test_references_that_depend_on_the_data_find_a_posterior_that_ignores_them():
+    truth, draws, y = joint(ignore=True)
+    assert tarp(truth, draws).passed(0.01)
+    assert not tarp(truth, draws, references=y).passed(0.01)
+    truth, draws, y = joint()
+    assert tarp(truth, draws, references=y).passed(0.01)
+
+
+def test_distances_do_not_depend_on_units():
+    truth, draws, _ = joint()
+    scale = np.array([1e-6, 1e3])
+    assert (
+        tarp(truth, draws).ranks["distance"] == tarp(truth * scale, draws * scale).ranks["distance"]
+    ).mean() > 0.999
+
+
+def test_bad_input_of_distances_is_named():
+    truth, draws, _ = joint()
+    with pytest.raises(sd.ShapeError, match=r"truth has shape \(1000, 2\), draws \(100, 1000, 1\)"):
+        tarp(truth, draws[..., :1])
+    with pytest.raises(sd.ShapeError, match=r"references have shape \(2,\)"):
+        tarp(truth, draws, references=np.zeros(2))
+    with pytest.raises(sd.DataError, match="one simulation"):
+        tarp(truth[:1], draws[:, :1])
+    with pytest.raises(sd.DataError, match="not finite"):
+        tarp(np.where(truth == truth[3, 1], np.nan, truth), draws, references=np.zeros_like(truth))
