@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
+OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
 def python(*args, cwd=ROOT, timeout=100):
@@ -41,6 +42,13 @@ def test_lynx_and_hare(tmp_path):
     assert posterior["log_population"].dims == ("chain", "draw", "series", "time", "state")
     assert posterior.coords["state"].values.tolist() == ["hare", "lynx"]
     assert posterior.coords["time"].values[[0, -1]].tolist() == [1900.0, 1920.0]
+
+
+@pytest.mark.skipif(not OBJECTIVES.exists(), reason="an installed package has no examples")
+def test_objectives(tmp_path):
+    done = python("-W", "error", str(OBJECTIVES), "--smoke", cwd=tmp_path)
+    rows = re.findall(r"^(ELBO|IWAE).*-\d+\.\d+ \+- \d+\.\d+ +\d+\.\d+ +\d+$", done.stdout, re.MULTILINE)
+    assert rows == ["ELBO"] * 3 + ["IWAE"] * 2
 
 
 STATE = """

@@ -16,6 +16,7 @@ from torch import Tensor
 from stochdyn.data import Series
 from stochdyn.errors import FitError, GuideError, StochdynError
 from stochdyn.inference import scopes
+from stochdyn.inference.batches import arguments
 from stochdyn.inference.parameters import modules_of
 from stochdyn.inference.result import Fit
 
@@ -102,8 +103,8 @@ def evaluating(*programs: Any, seed: int | None = None) -> Iterator[None]:
 def plate_nesting(guide: Callable[..., Any], model: Callable[..., Any], data: Any) -> int:
     """How many dimensions the plates of the model take."""
     with poutine.block(), torch.random.fork_rng(devices=[]):
-        guide_trace = poutine.trace(guide).get_trace(data)
-        trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(data)
+        guide_trace = poutine.trace(guide).get_trace(*arguments(data))
+        trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments(data))
     sites = [s for t in (guide_trace, trace) for s in t.nodes.values() if s["type"] == "sample"]
     return max((-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized), default=0)
 
@@ -122,8 +123,8 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
     if draws > 1:
         _check_broadcasts(guide, model, data, nesting)
     with pyro.plate("_draws", draws, dim=-nesting - 1):
-        guide_trace = poutine.trace(guide).get_trace(data)
-        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(data)
+        guide_trace = poutine.trace(guide).get_trace(*arguments(data))
+        model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*arguments(data))
     for trace in (guide_trace, model_trace):
         trace.compute_log_prob()
     latents = {n: _site(n, s, draws, nesting) for n, s in guide_trace.nodes.items() if _is_latent(s)}
@@ -146,8 +147,8 @@ def _check_broadcasts(guide: Callable[..., Any], model: Callable[..., Any], data
     count = next(n for n in (3, 5, 7, 11) if n not in {len(data) if isinstance(data, Series) else 0})
     with poutine.block(), torch.random.fork_rng(devices=[]), pyro.plate("_draws", count, dim=-nesting - 1):
         try:
-            trace = poutine.trace(guide).get_trace(data)
-            poutine.replay(model, trace)(data)
+            trace = poutine.trace(guide).get_trace(*arguments(data))
+            poutine.replay(model, trace)(*arguments(data))
         except StochdynError:
             raise
         except (ValueError, RuntimeError) as error:

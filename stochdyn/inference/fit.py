@@ -6,6 +6,7 @@ import torch
 
 from stochdyn.errors import FitError
 from stochdyn.inference import scopes
+from stochdyn.inference.aggressive import Aggressive, Phase
 from stochdyn.inference.batches import batches, moved, population
 from stochdyn.inference.loop import Monitor, Settings, Trainer, train
 from stochdyn.inference.objective import ELBO, AbstractObjective, Program
@@ -27,6 +28,7 @@ def fit(
     objective: AbstractObjective = _ELBO,
     kl_weight: float | Schedule = 1.0,
     clip_norm: float | None = 10.0,
+    aggressive: Aggressive | None = None,
     seed: int | None = 0,
     device: torch.device | str | None = None,
     validate: Any = None,
@@ -48,10 +50,13 @@ def fit(
             to the population itself; with tensors the model must scale.
         lr: A learning rate, which decays to 1 % over the last third of the steps (`Decay`); or any function
             of the step.
-        objective: What to minimise.
+        objective: What to minimise: `ELBO()`, also with another estimator, `IWAE()`, or one's own.
         kl_weight: Weight of log q - log p of the latents against the likelihood: a number or a function of
             the step, e.g. `Linear(0.0, 1.0, 500)`. `Fit.losses` are those of the weighted objective.
-        clip_norm: Gradients are clipped to this total norm; None leaves them.
+        clip_norm: Gradients longer than this many times their recent average length are shortened to it; None
+            leaves them.
+        aggressive: Train the guide ahead of the model in a first phase; see `Aggressive`. The mutual information
+            that ends it is measured on `validate`, or else on the data.
         seed: Fixes the result, and leaves the random state outside as it was. None draws from that state.
         device: Where to train: moves modules and data. None leaves them.
         validate: Data on which the ELBO is recorded twenty times (`Fit.validation`), in eval mode.
@@ -88,7 +93,8 @@ def fit(
         order = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         stream = batches(data, batch_size, order)
         trainer = Trainer(result, Settings(objective, rate, weight, clip_norm))
-        train(trainer, stream, steps, monitor=monitor, progress=progress)
+        phase = None if aggressive is None else Phase(aggressive, data if validate is None else validate)
+        train(trainer, stream, steps, monitor=monitor, progress=progress, phase=phase)
     return result
 
 

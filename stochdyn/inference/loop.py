@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from stochdyn.errors import DivergedError, FitError
 from stochdyn.inference import scopes
+from stochdyn.inference.aggressive import Phase
 from stochdyn.inference.batches import arguments, population
 from stochdyn.inference.diagnosis import diagnose
 from stochdyn.inference.objective import AbstractObjective, weighted
-from stochdyn.inference.parameters import Parameters, restore_buffers, save_buffers
+from stochdyn.inference.parameters import Parameters, Part, restore_buffers, save_buffers
 from stochdyn.inference.result import Fit
 from stochdyn.inference.schedule import Schedule, value_at
 
@@ -84,7 +85,7 @@ class Trainer:
         ...         pyro.sample("y", dist.Normal(self.loc, 1.0), obs=y)
         >>> fit = Fit(Model(), lambda y: None)
         >>> trainer = Trainer(fit, Settings(ELBO(), lr=Constant(0.5), kl_weight=Constant(1.0)))
-        >>> trainer.take((torch.tensor(2.0),))
+        >>> _ = trainer.take((torch.tensor(2.0),))
         >>> fit.step, round(fit.model.loc.item(), 3)
         (1, 0.5)
     """
@@ -95,38 +96,55 @@ class Trainer:
         self.objective: AbstractObjective | None = None
         self.parameters = Parameters({"model": fit.model, "guide": fit.guide})
         self.parameters.collect()
-        self._clip = Clip(settings.clip_norm)
+        self.worked = False
+        self._clips: dict[Part | None, Clip] = {}
         self._complete = False
         self._failures = 0
 
-    def take(self, args: tuple) -> None:
-        """One step.
+    def take(self, args: tuple, part: Part | None = None, *, counts: bool = True) -> float | None:
+        """One step, and its loss; None where it was not finite.
+
+        Args:
+            args: of model and guide.
+            part: the parameters to move; None for all.
+            counts: whether it is a step of the fit, or one in between.
 
         Raises:
             FitError: The tenth step in a row was not finite, or there is nothing to train.
         """
         buffers = save_buffers(self.parameters.modules)
         weight = value_at(self.settings.kl_weight, self.fit.step, "kl_weight")
+        self.settings.objective.check_weight(weight)
+        loss = None
         try:
-            loss = self._attempt(args, weight)
+            loss = self._attempt(args, weight, part)
         except BaseException as error:
             restore_buffers(buffers)
             self.parameters.clear_gradients()
             if not self._is_numeric(error):
                 raise
-            self._skip(args, error)
+            self._skip(args, error, counts)
         else:
-            self._failures = 0
-            self.fit.losses.append(loss)
-            self.fit.kl_weights.append(weight)
-        self.fit.step += 1
+            self.worked, self._failures = True, 0
+            if counts:
+                self.fit.losses.append(loss)
+                self.fit.kl_weights.append(weight)
+        self._count(counts)
+        return loss
 
-    def _attempt(self, args: tuple, weight: float) -> float:
+    def _count(self, counts: bool) -> None:
+        self.fit.step += counts
+        self.fit.inner += not counts
+
+    def _attempt(self, args: tuple, weight: float, part: Part | None) -> float:
         lr = value_at(self.settings.lr, self.fit.step, "lr")
         self.parameters.clear_gradients()
         loss = self._loss(args, weight)
         loss.backward()
-        limit = self._clip.limit()
+        if part is not None:
+            self.parameters.keep(part)
+        clip = self._clips.setdefault(part, Clip(self.settings.clip_norm))
+        limit = clip.limit()
         norm = self.parameters.clip(limit)
         # Adam squares gradients, so the square must be finite; one transfer tells both.
         value, square = torch.stack([loss.detach(), (norm * norm).to(loss)]).tolist()
@@ -134,7 +152,7 @@ class Trainer:
             raise DivergedError(f"step {self.fit.step}: the loss is not finite.")
         if not math.isfinite(square):
             raise DivergedError(f"step {self.fit.step}: the norm of the gradient is not finite.")
-        self._clip.record(min(limit, math.sqrt(square)))
+        clip.record(min(limit, math.sqrt(square)))
         self.parameters.update(lr)
         return value
 
@@ -157,13 +175,13 @@ class Trainer:
     def _is_numeric(self, error: BaseException) -> bool:
         if isinstance(error, DivergedError):
             return True
-        if not self.fit.losses:
+        if not self.worked:
             return False  # a program that never worked: its own error says more
         if isinstance(error, torch.linalg.LinAlgError):
             return True
         return isinstance(error, ValueError) and bool(_NUMERIC.search(str(error)))
 
-    def _skip(self, args: tuple, error: BaseException) -> None:
+    def _skip(self, args: tuple, error: BaseException, counts: bool) -> None:
         self.fit.skipped += 1
         self._failures += 1
         if self._failures < PATIENCE:
@@ -172,9 +190,10 @@ class Trainer:
         last = (
             f"the last finite loss was {self.fit.losses[-1]:.6g}" if self.fit.losses else "no loss was finite"
         )
-        self.fit.step += 1
+        step = self.fit.step
+        self._count(counts)
         raise FitError(
-            f"step {self.fit.step - 1}: {PATIENCE} steps in a row were not finite; {last}. "
+            f"step {step}: {PATIENCE} steps in a row were not finite; {last}. "
             f"The last one: {error}\n"
             + diagnose(self.parameters, objective, self.fit.model, self.fit.guide, args),
             fit=self.fit,
@@ -216,7 +235,13 @@ class Monitor:
 
 
 def train(
-    trainer: Trainer, stream: Iterator[tuple], steps: int, *, monitor: Monitor | None, progress: bool
+    trainer: Trainer,
+    stream: Iterator[tuple],
+    steps: int,
+    *,
+    monitor: Monitor | None,
+    progress: bool,
+    phase: Phase | None = None,
 ) -> None:
     """Runs the steps, until the end or the first Ctrl-C.
 
@@ -233,12 +258,17 @@ def train(
         5
     """
     fit, started = trainer.fit, time.perf_counter()
+    watchers = [watch for watch in (monitor, phase and phase.watch) if watch is not None]
     with scopes.interruptible() as stop, _Bar(steps, fit, progress) as bar:
         try:
             with scopes.validated():
-                _advance(trainer, stream, min(steps, VALIDATED_STEPS), monitor, bar, stop)
+                _advance(
+                    trainer, stream, min(steps, VALIDATED_STEPS), bar, stop, phase=phase, watchers=watchers
+                )
             with scopes.unvalidated():
-                _advance(trainer, stream, steps, monitor, bar, stop)
+                _advance(trainer, stream, steps, bar, stop, phase=phase, watchers=watchers)
+            if phase is not None and not stop.requested:
+                phase.watch(trainer, last=True)
         except KeyboardInterrupt:
             if stop.requested:
                 raise
@@ -253,14 +283,22 @@ def _advance(
     trainer: Trainer,
     stream: Iterator[tuple],
     last: int,
-    monitor: Monitor | None,
     bar: "_Bar",
     stop: scopes.Stop,
+    *,
+    phase: Phase | None,
+    watchers: list[Callable[[Trainer], None]],
 ) -> None:
     while trainer.fit.step < last and not stop.requested:
-        trainer.take(next(stream))
-        if monitor is not None:
-            monitor(trainer)
+        before = trainer.fit.step
+        if phase is not None and phase.active:
+            phase.advance(trainer, stream, stop)
+        else:
+            trainer.take(next(stream))
+        if trainer.fit.step == before:
+            return  # Ctrl-C between steps of the guide
+        for watch in watchers:
+            watch(trainer)
         bar.advance()
 
 

@@ -1,5 +1,6 @@
 """What is minimised: the ELBO, and the weight of its KL part."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,15 +8,17 @@ from typing import Any, Self
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
 from pyro.infer import Trace_ELBO
-from pyro.infer.trace_elbo import _compute_log_r
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from pyro.util import check_if_enumerated, check_model_guide_match
 
 from stochdyn.errors import FitError
+from stochdyn.inference.estimators import AbstractEstimator, StickingTheLanding
 
 Program = Callable[..., Any]
+_STL = StickingTheLanding()
 
 
 class AbstractObjective(ABC):
@@ -42,6 +45,13 @@ class AbstractObjective(ABC):
     def loss(self, model: Program, guide: Program, *args: Any) -> torch.Tensor:
         """The scalar to minimise; its gradient is the gradient estimate."""
 
+    def check_weight(self, weight: float) -> None:  # noqa: B027
+        """Refuse a weight of the KL part that the objective has no meaning for; by default none.
+
+        Raises:
+            FitError: if the weight is refused.
+        """
+
     def prepared(self, model: Program, guide: Program, *args: Any) -> Self:
         """The same objective with everything filled in that need be found out only once per fit."""
         return self
@@ -51,8 +61,8 @@ class AbstractObjective(ABC):
 class ELBO(AbstractObjective):
     """The evidence lower bound, E_q[log p(y, z) - log q(z)], as a loss (its negative).
 
-    Pyro's `Trace_ELBO`: pathwise gradients where a site has `rsample`, the score function elsewhere, and
-    the estimator that a distribution chooses through `score_parts`. The value stays on the device.
+    Pathwise gradients where a site has `rsample`, the score function elsewhere, as in Pyro's `Trace_ELBO`. The
+    value stays on the device.
 
     Args:
         particles: Draws from the guide per step. One is usual: lower `lr` or more steps do the same work;
@@ -61,6 +71,8 @@ class ELBO(AbstractObjective):
             programs that cannot take that dimension; they are then run `particles` times.
         max_plate_nesting: How many dimensions, counted from the right, plates use. Needed only for
             vectorised particles; None finds it by one more run of guide and model (`fit` does so once).
+        estimator: How value and gradient are estimated: `StickingTheLanding()`, `AnalyticKL()` or `LogRatio()`.
+            The expectation is the same, the noise is not.
 
     Raises:
         FitError: `particles` is less than one.
@@ -81,6 +93,7 @@ class ELBO(AbstractObjective):
     particles: int = 1
     vectorized: bool = True
     max_plate_nesting: int | None = None
+    estimator: AbstractEstimator = _STL
 
     def __post_init__(self) -> None:
         if self.particles < 1:
@@ -90,12 +103,20 @@ class ELBO(AbstractObjective):
 
     def loss(self, model: Program, guide: Program, *args: Any) -> torch.Tensor:
         nesting = self.prepared(model, guide, *args).max_plate_nesting
-        estimator = _DeviceTraceELBO(
+        traces = _Traces(
             num_particles=self.particles,
-            max_plate_nesting=float("inf") if nesting is None else nesting,
+            max_plate_nesting=math.inf if nesting is None else nesting,
             vectorize_particles=self._in_a_dimension,
         )
-        return estimator.differentiable_loss(model, guide, *args)
+        value = surrogate = 0.0
+        for pair in traces.pairs(model, guide, args):
+            terms = self.estimator.terms(*pair)
+            self.estimator.check_shapes(traces.max_plate_nesting, *pair)
+            value, surrogate = value - terms[0] / self.particles, surrogate - terms[1] / self.particles
+        if not isinstance(value, torch.Tensor):  # neither program has a sample site
+            return torch.zeros(())
+        # The value stays a tensor: stock Pyro waits for the device at every site.
+        return value.detach() + (surrogate - surrogate.detach())
 
     def prepared(self, model: Program, guide: Program, *args: Any) -> Self:
         if not self._in_a_dimension or self.max_plate_nesting is not None:
@@ -116,31 +137,26 @@ def _plate_nesting(model: Program, guide: Program, args: tuple) -> int:
     return max((-frame.dim for frame in frames if frame.vectorized), default=0)
 
 
-class _DeviceTraceELBO(Trace_ELBO):
-    """Pyro's `Trace_ELBO`, but its value is a tensor: stock Pyro waits for the device at every site."""
+class _Traces(Trace_ELBO):
+    """Pyro's traces of guide and model, one or many particles, before anything is scored."""
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> torch.Tensor:
-        traces = list(self._get_traces(model, guide, args, kwargs))
-        parts = [self._differentiable_loss_particle(*pair) for pair in traces]
-        loss = sum(value for value, _ in parts) / self.num_particles
-        surrogate = sum(surrogate for _, surrogate in parts) / self.num_particles
-        if not isinstance(surrogate, torch.Tensor):  # neither program has a sample site
-            return torch.zeros(())
-        return loss.detach() + (surrogate - surrogate.detach())
+    def pairs(self, model: Program, guide: Program, args: tuple) -> list[tuple[Any, Any]]:
+        return list(self._get_traces(model, guide, args, {}))
 
-    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
-        joint = model_trace.log_prob_sum()
-        surrogate, log_r = joint, None
-        for site in guide_trace.nodes.values():
-            if site["type"] != "sample":
-                continue
-            _, score, entropy = site["score_parts"]
-            if not is_identically_zero(entropy):
-                surrogate = surrogate - entropy.sum()
-            if not is_identically_zero(score):
-                log_r = log_r or _compute_log_r(model_trace, guide_trace)
-                surrogate = surrogate + (log_r.sum_to(site["cond_indep_stack"]) * score).sum()
-        return guide_trace.log_prob_sum() - joint, -surrogate
+    def _get_trace(self, model: Program, guide: Program, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        messenger: Any = poutine.unwrap(guide)
+        if isinstance(messenger, Messenger):  # a GuideMessenger runs the model itself
+            guide(*args, **kwargs)
+            model_trace, guide_trace = messenger.get_traces()
+        else:
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+            check_if_enumerated(guide_trace)
+        return poutine.util.prune_subsample_sites(model_trace), poutine.util.prune_subsample_sites(
+            guide_trace
+        )
 
 
 class _KLWeight(Messenger):

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from stochdyn.errors import FitError
 
+Part = frozenset[int]  # parameters by identity
 Buffers = list[tuple[nn.Module, str, torch.Tensor | None, torch.Tensor | None]]
 
 
@@ -62,6 +63,37 @@ def restore_buffers(saved: Buffers) -> None:
             if buffer is not None and value is not None:
                 buffer.copy_(value)
             module._buffers[name] = buffer
+
+
+def parameters_of(program: Any, trace: Any = None) -> dict[int, torch.Tensor]:
+    """The trained tensors of a program by identity: of its modules, and of the param sites of a trace.
+
+    Example:
+        >>> len(parameters_of(torch.nn.Linear(1, 1)))
+        2
+    """
+    found = [tensor for root in modules_of(program) for tensor in root.parameters()]
+    found += [tensor for _, tensor in _param_sites(trace)]
+    return {id(t): t for t in found if t.requires_grad and t.is_leaf and not is_lazy(t)}
+
+
+def guide_parameters(model: Any, guide: Any, model_trace: Any, guide_trace: Any) -> list[torch.Tensor]:
+    """What the guide has alone. A guide that runs the model has the model's parameters too: by identity.
+
+    Example:
+        >>> net = torch.nn.Linear(1, 1)
+        >>> len(guide_parameters(net, torch.nn.Sequential(net, torch.nn.Linear(1, 1)), None, None))
+        2
+    """
+    shared = parameters_of(model, model_trace)
+    return [t for key, t in parameters_of(guide, guide_trace).items() if key not in shared]
+
+
+def _param_sites(trace: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, site in trace.nodes.items() if trace is not None else ():
+        if site["type"] == "param" and isinstance(site["value"], torch.Tensor):
+            value = site["value"]
+            yield name, value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 class Parameters:
@@ -119,6 +151,12 @@ class Parameters:
         for tensor in self._tensors:
             tensor.grad = None
 
+    def keep(self, part: Part) -> None:
+        """Drops the gradients of all parameters outside a part, so that a step leaves them."""
+        for tensor in self._tensors:
+            if id(tensor) not in part:
+                tensor.grad = None
+
     def clip(self, limit: float) -> torch.Tensor:
         """Clips the gradients to a total norm, and returns the norm that they had (no host sync)."""
         return clip_grad_norm_(self._tensors, limit)
@@ -151,7 +189,7 @@ class Parameters:
                 "Check for detach(), no_grad or .item() in model and guide."
             )
         # Only nn.Parameters: other leaves may be a distribution's own, made anew in every run.
-        owned = [leaf for leaf in _leaves(loss) if isinstance(leaf, nn.Parameter)]
+        owned = [leaf for leaf in leaves(loss) if isinstance(leaf, nn.Parameter)]
         missed = [tuple(leaf.shape) for leaf in owned if id(leaf) not in self._names]
         if missed:
             warnings.warn(
@@ -163,12 +201,8 @@ class Parameters:
 
     def _candidates(self, trace: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for role, root in self._roots:
-            for name, tensor in root.named_parameters(prefix=role):
-                yield name, tensor
-        for name, site in trace.nodes.items() if trace is not None else ():
-            if site["type"] == "param" and isinstance(site["value"], torch.Tensor):
-                value = site["value"]
-                yield name, value.unconstrained() if hasattr(value, "unconstrained") else value
+            yield from root.named_parameters(prefix=role)
+        yield from _param_sites(trace)
 
     def _check_finite(self, tensors: list[torch.Tensor]) -> None:
         bad = [self._names[id(tensor)] for tensor in tensors if not torch.isfinite(tensor).all()]
@@ -192,7 +226,14 @@ def _densify(tensors: list[torch.Tensor]) -> None:
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+def leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The leaf tensors that a loss depends on.
+
+    Example:
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> [leaf is x for leaf in leaves(x.exp().sum())]
+        [True]
+    """
     pending, seen = [loss.grad_fn], set()
     while pending:
         node = pending.pop()

@@ -19,6 +19,9 @@ class Fit:
         skipped: Steps that were not finite and changed nothing.
         interrupted: Whether Ctrl-C ended the training.
         validation: Pairs (step, ELBO per series of the validation data).
+        mutual_information: Pairs (step, nats) where `aggressive` was given; see `posterior_collapse`.
+        active_units: Pairs (step, active units by site), at the same steps.
+        inner: Steps of the guide alone, skipped ones included.
         seconds: Wall-clock time.
         population: How many series the data stand for, or None where the data do not say.
 
@@ -36,6 +39,9 @@ class Fit:
     skipped: int = 0
     interrupted: bool = False
     validation: list[tuple[int, float]] = field(default_factory=list)
+    mutual_information: list[tuple[int, float]] = field(default_factory=list)
+    active_units: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    inner: int = 0
     seconds: float = 0.0
     population: int | None = None
 
@@ -60,6 +66,8 @@ class Fit:
         parts = [f"{self.step} steps in {self.seconds:.1f} s", f"ELBO {self.elbo:.6g}"]
         if self.population:
             parts[-1] += f" ({self.elbo_per_series:.4g} per series)"
+        if self.inner:
+            parts[0] = f"{self.step} steps ({self.inner} more of the guide) in {self.seconds:.1f} s"
         if self.skipped:
             parts.append(f"{self.skipped} skipped")
         if self.interrupted:

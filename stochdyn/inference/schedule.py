@@ -61,6 +61,39 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Cyclical:
+    """A warm-up again and again: in every period from 0 to 1, then 1; a KL weight against collapse.
+
+    Args:
+        period: Steps of one cycle. Let the last cycle end with the training.
+        rise: The fraction of a period that rises.
+
+    References:
+        Fu et al., "Cyclical annealing schedule: a simple approach to mitigating KL vanishing", 2019,
+        https://arxiv.org/abs/1903.10145
+
+    Example:
+        >>> import stochdyn as sd
+        >>> weight = sd.Cyclical(period=100)
+        >>> [weight(step) for step in (0, 25, 50, 99, 100, 125)]
+        [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
+    """
+
+    period: int
+    rise: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.period < 1 or not 0 < self.rise <= 1:
+            raise FitError(
+                f"Cyclical: needs period >= 1 and 0 < rise <= 1, got period={self.period}, rise={self.rise}. "
+                "The default is rise=0.5."
+            )
+
+    def __call__(self, step: int, /) -> float:
+        return min(1.0, step % self.period / (self.rise * self.period))
+
+
+@dataclass(frozen=True)
 class Decay:
     """Constant, then an exponential decay to `final * value`: what a plain number for `lr` stands for.
 

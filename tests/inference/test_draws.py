@@ -140,3 +140,13 @@ def test_states_at_own_times():
     nested_ts = sd.TimeGrid(four, substeps=3).ts.reshape(2, 2, -1)
     path = nested_ts[None, ..., None]
     assert torch.equal(at_times(path, nested_ts, four).flatten(), four.flatten())
+
+
+def test_a_tuple_of_data_is_spread():
+    def model(y, scale):
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, scale), obs=y)
+
+    found = drawn(model, (torch.zeros(3, dtype=F64), torch.tensor(0.5, dtype=F64)), draws=5)
+    assert found.latents["z"].value.shape == (5, 3)

@@ -12,7 +12,15 @@ from torch import nn
 
 from stochdyn.errors import FitError
 from stochdyn.inference.objective import ELBO
-from stochdyn.inference.parameters import Parameters, modules_of, restore_buffers, save_buffers
+from stochdyn.inference.parameters import (
+    Parameters,
+    guide_parameters,
+    leaves,
+    modules_of,
+    parameters_of,
+    restore_buffers,
+    save_buffers,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +170,43 @@ def test_buffers_are_put_back_even_if_they_were_replaced():
         0,
     )
     assert norm.none is None
+
+
+def test_what_the_guide_has_alone_is_told_by_identity():
+    model = Net()
+    guide = nn.Sequential(model.plain, nn.Linear(1, 1))
+
+    def program():
+        pyro.module("shared", model.plain)
+        pyro.param("own", torch.zeros(2), dist.constraints.positive)
+
+    def owned(guide):
+        traces = [
+            pyro.poutine.trace(p).get_trace(*args) for p, args in ((model, (torch.zeros(3),)), (program, ()))
+        ]
+        return guide_parameters(model, guide, *traces)
+
+    unconstrained = pyro.get_param_store()
+    alone = owned(guide)
+    assert [id(p) for p in alone[:2]] == [id(guide[1].weight), id(guide[1].bias)]
+    assert len(alone) == 3
+    assert alone[2] is unconstrained["own"].unconstrained()
+    assert set(parameters_of(guide)) == {id(p) for p in guide.parameters()}
+
+
+def test_a_part_alone_is_moved():
+    net = nn.Linear(2, 1)
+    parameters = Parameters({"model": net})
+    parameters.collect()
+    net(torch.ones(1, 2)).sum().backward()
+    before = net.weight.detach().clone(), net.bias.detach().clone()
+    parameters.keep(frozenset([id(net.bias)]))
+    parameters.update(0.1)
+    assert torch.equal(net.weight, before[0])
+    assert not torch.equal(net.bias, before[1])
+
+
+def test_leaves_of_a_loss():
+    a, b, c = (torch.ones(2, requires_grad=True) for _ in range(3))
+    assert {id(leaf) for leaf in leaves((a * b).sum() + a.detach().sum())} == {id(a), id(b)}
+    assert id(c) not in {id(leaf) for leaf in leaves((a * b).sum())}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from stochdyn.errors import FitError
-from stochdyn.inference.schedule import Constant, Decay, Linear, value_at
+from stochdyn.inference.schedule import Constant, Cyclical, Decay, Linear, value_at
 
 
 def test_constant():
@@ -25,15 +25,21 @@ def test_decay_is_constant_then_exponential_then_constant():
     assert decay(300) == decay(10**6) == pytest.approx(0.02)
 
 
+def test_cycles_rise_and_stay():
+    cycle = Cyclical(10, rise=0.4)
+    assert [cycle(step) for step in (0, 2, 4, 9, 10, 12)] == [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
+
+
 def test_decay_over_one_step():
     assert Decay(1.0, steps=1)(0) == 1.0
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Linear(0.0, 1.0, 0), lambda: Decay(1.0, 0), lambda: Decay(1.0, 5, 0.0)]
+    "make",
+    [lambda: Linear(0.0, 1.0, 0), lambda: Decay(1.0, 0), lambda: Decay(1.0, 5, 0.0), lambda: Cyclical(0)],
 )
 def test_impossible_schedules_are_refused(make):
-    with pytest.raises(FitError, match=r"steps|final"):
+    with pytest.raises(FitError, match=r"steps|final|period"):
         make()
 
 
