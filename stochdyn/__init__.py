@@ -5,8 +5,20 @@ from typing import TYPE_CHECKING, Any
 import stochdyn.diagnostics as _diagnostics
 from stochdyn.data import Series, TimeGrid, datasets
 from stochdyn.decoders import NormalDecoder
-from stochdyn.diagnostics import Calibration, pareto_k, plot_forecast, plot_losses, plot_phase, sbc, summarise
-from stochdyn.encoders import AbstractEncoder, GRUEncoder
+from stochdyn.diagnostics import (
+    Calibration,
+    TwoSample,
+    c2st,
+    pareto_k,
+    plot_calibration,
+    plot_forecast,
+    plot_losses,
+    plot_phase,
+    sbc,
+    summarise,
+    tarp,
+)
+from stochdyn.encoders import AbstractEncoder, ConvEncoder, GRUEncoder, ODERNNEncoder, SetEncoder
 from stochdyn.errors import (
     DataError,
     DiffusionError,
@@ -21,25 +33,48 @@ from stochdyn.errors import (
     TimeError,
 )
 from stochdyn.fields import MLP, ElementwiseField, MatrixDiffusion, NeuralField
-from stochdyn.guides import AmortizedGuide, FilterMessage, FreeMessage, FullRank, MeanField
+from stochdyn.guides import (
+    AmortizedGuide,
+    FilterMessage,
+    Flow,
+    FreeMessage,
+    FullRank,
+    Marginals,
+    MeanField,
+    PosteriorDrift,
+)
 from stochdyn.inference import (
     ELBO,
+    IWAE,
     AbstractObjective,
+    Aggressive,
     AnalyticKL,
     Constant,
+    Cyclical,
     Decay,
     Evidence,
     Fit,
     Linear,
     LogRatio,
+    PathELBO,
+    PosteriorCollapse,
     Prediction,
     StickingTheLanding,
     evidence,
     fit,
+    posterior_collapse,
     predict,
 )
 from stochdyn.models import LatentSDE
-from stochdyn.paths import GuidedPath, Message, SDEPath, information_filter, particle_evidence
+from stochdyn.paths import (
+    Compiled,
+    GuidedPath,
+    MarginalPath,
+    Message,
+    SDEPath,
+    information_filter,
+    particle_evidence,
+)
 from stochdyn.processes import NeuralSDE
 from stochdyn.solvers import EulerMaruyama, GaussianStep, Heun, RungeKutta4
 
@@ -48,13 +83,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ELBO",
+    "IWAE",
     "MLP",
     "AbstractEncoder",
     "AbstractObjective",
+    "Aggressive",
     "AmortizedGuide",
     "AnalyticKL",
     "Calibration",
+    "Compiled",
     "Constant",
+    "ConvEncoder",
+    "Cyclical",
     "DataError",
     "Decay",
     "DiffusionError",
@@ -67,6 +107,7 @@ __all__ = [
     "FilterMessage",
     "Fit",
     "FitError",
+    "Flow",
     "FreeMessage",
     "FullRank",
     "GRUEncoder",
@@ -77,34 +118,46 @@ __all__ = [
     "LatentSDE",
     "Linear",
     "LogRatio",
+    "MarginalPath",
+    "Marginals",
     "MatrixDiffusion",
     "MeanField",
     "Message",
     "NeuralField",
     "NeuralSDE",
     "NormalDecoder",
+    "ODERNNEncoder",
+    "PathELBO",
+    "PosteriorCollapse",
+    "PosteriorDrift",
     "Prediction",
     "RungeKutta4",
     "SDEPath",
     "Series",
+    "SetEncoder",
     "ShapeError",
     "StickingTheLanding",
     "StochdynError",
     "SupportError",
     "TimeError",
     "TimeGrid",
+    "TwoSample",
+    "c2st",
     "datasets",
     "evidence",
     "fit",
     "information_filter",
     "pareto_k",
     "particle_evidence",
+    "plot_calibration",
     "plot_forecast",
     "plot_losses",
     "plot_phase",
+    "posterior_collapse",
     "predict",
     "sbc",
     "summarise",
+    "tarp",
     "to_arviz",
 ]
 

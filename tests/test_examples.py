@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
+HIERARCHY = ROOT / "examples" / "hierarchy.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -49,6 +50,16 @@ def test_objectives(tmp_path):
     done = python("-W", "error", str(OBJECTIVES), "--smoke", cwd=tmp_path)
     rows = re.findall(r"^(ELBO|IWAE).*-\d+\.\d+ \+- \d+\.\d+ +\d+\.\d+ +\d+$", done.stdout, re.MULTILINE)
     assert rows == ["ELBO"] * 3 + ["IWAE"] * 2
+
+
+@pytest.mark.skipif(not HIERARCHY.exists(), reason="an installed package has no examples")
+def test_hierarchy(tmp_path):
+    done = python("-W", "ignore", str(HIERARCHY), "--smoke", cwd=tmp_path)
+    assert re.search(r"^200 patients trained on: 90 % intervals hold \d+%", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^60 patients never seen, of new clinics: 90 % intervals hold \d+%", done.stdout, re.MULTILINE
+    )
+    assert (tmp_path / "examples" / "output" / "hierarchy.png").stat().st_size > 10_000
 
 
 STATE = """

@@ -1,6 +1,6 @@
 """From checked tensors to the fields of a `Series`: all rules applied in one order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from stochdyn.data.checks import (
     show_time,
     value_dtype,
 )
+from stochdyn.data.groups import read_groups
 from stochdyn.data.ragged import repeat_last, stack_covariates, stack_rows
 from stochdyn.errors import DataError
 from stochdyn.shapes import check_shape
@@ -31,6 +32,7 @@ def assemble(
     ids: Sequence[Any] | None,
     covariates: Any,
     dtype: torch.dtype,
+    groups: Mapping[str, Any] | None = None,
     lengths: Tensor | None = None,
 ) -> dict[str, Any]:
     """Check everything and return the fields of a `Series` that is a whole population.
@@ -43,6 +45,7 @@ def assemble(
         ids: labels or None.
         covariates: anything array-like, or None.
         dtype: the dtype of values and covariates.
+        groups: labels of the series by the name of a grouping, or None.
         lengths: (series,) where known, else read off the padding.
 
     Example:
@@ -72,6 +75,7 @@ def assemble(
         "index": torch.arange(size, device=raw.device),
         "population": size,
         "_ids": labels,
+        "_groups": read_groups(groups, size, raw.device),
         "_whole": True,
     }
 

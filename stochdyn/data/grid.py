@@ -85,6 +85,9 @@ class TimeGrid:
     def observed(self, path: Tensor) -> Tensor:
         """The states of a path at the observation times.
 
+        What has a row for each observation time and not for each grid time passes through: `PathELBO` gives the model
+        a path at the observation times alone.
+
         Shapes:
             path (*sample, *batch, steps + 1, state) -> (*sample, *batch, time, state)
 
@@ -98,6 +101,9 @@ class TimeGrid:
             >>> grid.observed(grid.ts[:, None]).squeeze(-1)
             tensor([0., 1., 4.], dtype=torch.float64)
         """
+        points = path.shape[-2] if path.dim() > 1 else -1
+        if points == self.index.shape[-1] != self.ts.shape[-1]:
+            return path
         fix = "Build the path on `grid.ts`."
         check_shape("path", path, ["*batch", self.ts.shape[-1], "state"], fix)
         if self._stride is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stochdyn.data.checks import as_mask, as_real, check_devices
+from stochdyn.data.groups import constant_labels
 from stochdyn.errors import DataError, DtypeError, ShapeError, TimeError
 from stochdyn.shapes import check_shape
 
@@ -206,14 +207,19 @@ def extend_rows(series: Any, ts: Any) -> dict[str, Any]:
 
 
 def read_frame(
-    frame: Any, time: str, values: str | Sequence[str], series: str | None, covariates: str | Sequence[str]
+    frame: Any,
+    time: str,
+    values: str | Sequence[str],
+    series: str | None,
+    covariates: str | Sequence[str],
+    groups: str | Sequence[str] = (),
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Read a long pandas frame into rows (times, values, mask), and channels, ids and covariates.
+    """Read a long pandas frame into rows (times, values, mask), and channels, ids, covariates and groups.
 
     NaN in a values column is what a data frame means by missing: the mask is False there.
 
     Raises:
-        DataError: if a column is missing or not numeric.
+        DataError: if a column is missing or not numeric, or a series has two labels of one grouping.
 
     Example:
         >>> import pandas
@@ -230,20 +236,25 @@ def read_frame(
     readings = np.stack([_column(frame, name) for name in names], 1)
     extras = np.stack([_column(frame, name) for name in inputs], 1) if inputs else None
     labels = [0] * len(frame) if series is None else _find(frame, series).tolist()
-    groups: dict[Any, list[int]] = {}
+    members_of: dict[Any, list[int]] = {}
     for position, label in enumerate(labels):
         if label is None or label != label:
             raise DataError(
                 f"Row {position} has no series: column {series!r} is missing there. Fill or drop it."
             )
-        groups.setdefault(label, []).append(position)
-    order = [np.asarray(members)[times[members].argsort(kind="stable")] for members in groups.values()]
+        members_of.setdefault(label, []).append(position)
+    order = [np.asarray(members)[times[members].argsort(kind="stable")] for members in members_of.values()]
     rows = [(times[o], readings[o], ~np.isnan(readings[o])) for o in order]
     covariates_of = None if extras is None else [extras[o] for o in order]
+    where = [f"series {label}" for label in members_of]
     return rows, {
         "channels": [str(name) for name in names],
-        "ids": tuple(groups),
+        "ids": tuple(members_of),
         "covariates": covariates_of,
+        "groups": {
+            name: constant_labels(name, [_find(frame, name).iloc[o].tolist() for o in order], where)
+            for name in ([groups] if isinstance(groups, str) else groups)
+        },
     }
 
 

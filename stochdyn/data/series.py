@@ -1,6 +1,6 @@
 """`Series`: a set of multivariate time series, irregular, ragged and with holes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from stochdyn.data import ragged
 from stochdyn.data.assemble import assemble, assemble_rows, name_reading, name_rows
 from stochdyn.data.checks import as_mask, as_real, check_devices, check_resolution, fill_missing, value_dtype
+from stochdyn.data.groups import Grouping, find_grouping
 from stochdyn.data.positions import positions
 from stochdyn.errors import DataError
 
@@ -34,6 +35,7 @@ class Series:
         channels: names of the channels, by default "0", "1", ...
         ids: labels of the series, by default 0, 1, ...
         covariates: known inputs of each series.
+        groups: labels of the group of each series, by the name of the grouping, e.g. {"site": labels}.
         dtype: the floating dtype of values and covariates.
 
     Attributes:
@@ -62,6 +64,7 @@ class Series:
     index: Tensor
     population: int
     _ids: Sequence[Any]
+    _groups: Mapping[str, Grouping]
     _whole: bool
 
     def __init__(
@@ -73,6 +76,7 @@ class Series:
         channels: Sequence[str] | None = None,
         ids: Sequence[Any] | None = None,
         covariates: Any = None,
+        groups: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         kind = value_dtype(values, dtype)
@@ -84,6 +88,7 @@ class Series:
             channels=channels,
             ids=ids,
             covariates=covariates,
+            groups=groups,
             dtype=kind,
         )
         self.__dict__.update(fields)
@@ -96,6 +101,7 @@ class Series:
         channels: Sequence[str] | None = None,
         ids: Sequence[Any] | None = None,
         covariates: Any = None,
+        groups: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Series of different lengths: `[(times_i, values_i), ...]` or `[(times_i, values_i, mask_i), ...]`.
@@ -105,7 +111,7 @@ class Series:
         Args:
             rows: times_i (time_i,), values_i (time_i, channel), mask_i (time_i,) or (time_i, channel).
             covariates: (series, covariate), or a list of (time_i, covariate) padded like the rows.
-            channels, ids, dtype: as for `Series`.
+            channels, ids, groups, dtype: as for `Series`.
 
         Example:
             >>> import stochdyn as sd
@@ -113,7 +119,7 @@ class Series:
             >>> series.lengths.tolist(), series.times[1].tolist()
             ([3, 1], [0.5, 0.5, 0.5])
         """
-        named = {"channels": channels, "ids": ids, "covariates": covariates, "dtype": dtype}
+        named = {"channels": channels, "ids": ids, "covariates": covariates, "groups": groups, "dtype": dtype}
         return cls._of(assemble_rows(list(rows), **named))
 
     @classmethod
@@ -125,6 +131,7 @@ class Series:
         series: str | None = None,
         *,
         covariates: str | Sequence[str] = (),
+        groups: str | Sequence[str] = (),
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A long pandas frame, one row per series and time; rows need not be sorted.
@@ -137,6 +144,7 @@ class Series:
             values: the columns that become channels.
             series: the column that labels the series; None where there is only one.
             covariates: columns of known inputs, without holes.
+            groups: columns that label groups of series, the same in all rows of a series.
             dtype: as for `Series`.
 
         Raises:
@@ -150,7 +158,7 @@ class Series:
             >>> series.times.tolist(), series.mask.tolist()
             ([1900.0, 1901.0], [[[True, True], [True, False]]])
         """
-        rows, options = ragged.read_frame(frame, time, values, series, covariates)
+        rows, options = ragged.read_frame(frame, time, values, series, covariates, groups)
         return cls.from_list(rows, **options, dtype=dtype)
 
     @classmethod
@@ -172,6 +180,45 @@ class Series:
     def ids(self) -> tuple[Any, ...]:
         """The labels of the series at hand."""
         return tuple(self._ids[i] for i in self.index.tolist())
+
+    @property
+    def groups(self) -> Mapping[str, Tensor]:
+        """By the name of the grouping, (series,) the position of the group of each series at hand.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> series = sd.Series([0.0], [[[1.0]]] * 3, groups={"site": ["south", "north", "south"]})
+            >>> series.groups["site"].tolist(), series[[1]].groups["site"].tolist()
+            ([1, 0, 1], [0])
+        """
+        return {name: grouping.member[self.index] for name, grouping in self._groups.items()}
+
+    def grouping(self, name: str) -> Grouping:
+        """The groups of the whole population: `labels`, `sizes`, and the `member` index of every series.
+
+        Raises:
+            DataError: if there are no groups of that name.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> series = sd.Series([0.0], [[[1.0]]] * 3, groups={"site": ["south", "north", "south"]})
+            >>> series[[1]].grouping("site").labels
+            ('north', 'south')
+        """
+        return find_grouping(self._groups, name)
+
+    def group_plate(self, name: str, dim: int = -1) -> pyro.plate:
+        """The Pyro plate over all groups of the population, also of those without a series at hand.
+
+        Nothing about groups is subsampled, so what is sampled in it is scaled by 1 in every mini-batch.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> series = sd.Series([0.0], [[[1.0]]] * 3, groups={"site": ["south", "north", "south"]})
+            >>> series[[1]].group_plate("site").size
+            2
+        """
+        return pyro.plate(name, len(self.grouping(name)), dim=dim)
 
     @property
     def last_observed(self) -> Tensor:
@@ -226,7 +273,8 @@ class Series:
                 new = new._cast(value_dtype(None, target))
             else:
                 moved = {k: v.to(target) for k, v in new.__dict__.items() if isinstance(v, Tensor)}
-                new = new._with(**moved)
+                groups = {name: grouping.to(target) for name, grouping in new._groups.items()}
+                new = new._with(**moved, _groups=groups)
         return new
 
     def _cast(self, dtype: torch.dtype) -> Self:
@@ -241,12 +289,14 @@ class Series:
         rows, where = name_rows(self.times, self.ids)
         check_resolution(rows, self.lengths[: len(rows)], dtype, where)
 
-    def split(self, fraction: float = 0.8, seed: int = 0) -> tuple[Self, Self]:
+    def split(self, fraction: float = 0.8, seed: int = 0, *, by: str | None = None) -> tuple[Self, Self]:
         """Split the series at random into two populations, e.g. to train on and to test on.
 
         Args:
             fraction: the part of the series in the first, rounded to whole series.
             seed: the same seed gives the same split; torch's own seed is left alone.
+            by: the name of a grouping whose groups stay whole; the fraction is then one of groups. None splits
+                them: a side keeps the groups that it has a series of, with their labels.
 
         Raises:
             DataError: if one side would be empty.
@@ -257,18 +307,27 @@ class Series:
             >>> len(train), len(test), train.population
             (8, 2, 8)
         """
-        size = len(self)
+        if by is None:
+            unit, what = torch.arange(len(self), device=self.index.device), "series"
+        else:
+            unit, what = (
+                self.grouping(by).member[self.index].unique(return_inverse=True)[1],
+                f"groups of {by!r}",
+            )
+        size = int(unit.max()) + 1
         count = round(fraction * size) if 0 < fraction < 1 else 0
         if not 0 < count < size:
-            trouble = f"split({fraction}) of {size} series leaves one side empty"
-            raise DataError(f"{trouble}. Take a fraction that leaves at least one series on each side.")
+            trouble = f"split({fraction}) of {size} {what} leaves one side empty"
+            raise DataError(f"{trouble}. Take a fraction that leaves at least one of them on each side.")
         order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(self.index.device)
-        return self._apart(order[:count]), self._apart(order[count:])
+        first = torch.isin(unit, order[:count])
+        return self._apart(first.nonzero()[:, 0]), self._apart(first.logical_not().nonzero()[:, 0])
 
     def _apart(self, where: Tensor) -> Self:
-        part = self._take(where.sort().values)
+        part = self._take(where)
         fresh = torch.arange(len(part), device=part.index.device)
-        return part._with(_ids=part.ids, index=fresh, population=len(part), _whole=True)
+        groups = {name: grouping.part(part.index) for name, grouping in self._groups.items()}
+        return part._with(_ids=part.ids, _groups=groups, index=fresh, population=len(part), _whole=True)
 
     def extend(self, ts: Any) -> Self:
         """The same series with further times at which nothing is observed, e.g. to forecast.
@@ -296,4 +355,5 @@ class Series:
         span += f" times from {float(self.times.min()):.10g} to {float(self.times.max()):.10g}"
         share = 100.0 * float(self.mask.sum()) / (int(self.lengths.sum()) * self.obs_dim)
         about = f"channels {self.channels}, {share:.0f}% observed, {self.values.dtype}"
+        about += "".join(f", {len(grouping)} groups {name!r}" for name, grouping in self._groups.items())
         return f"Series({len(self)}{part} series, {span}, {about})"

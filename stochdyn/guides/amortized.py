@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import GuideError
-from stochdyn.guides.messages import AbstractMessageFamily, FilterMessage, masked
+from stochdyn.guides.flow import Flow, JointFlow
+from stochdyn.guides.local_site import AmortizedLatents, Latent, pooled_scales
+from stochdyn.guides.marginals import Marginals, MarginalSite, in_use
+from stochdyn.guides.messages import AbstractPathFamily, FilterMessage, masked
 from stochdyn.guides.passes import (
     AsGuide,
     PathReached,
@@ -23,15 +26,18 @@ from stochdyn.guides.passes import (
     is_enumerated,
     own_randomness,
     prior_mode,
+    prior_runs,
 )
 from stochdyn.guides.path_site import PathSite
-from stochdyn.guides.plates import Place
+from stochdyn.guides.plates import Place, key_of
+from stochdyn.guides.posterior_drift import DriftSite, PosteriorDrift
 from stochdyn.guides.sites import FullRank, JointNormal, LocalNormal, MeanField, Start, prior_start
 from stochdyn.guides.smoother import Smoother, without_particles
-from stochdyn.paths import GuidedPath, Message, SDEPath, information_filter
+from stochdyn.guides.upstream import seen_by_path, series_of
+from stochdyn.paths import Compiled, GuidedPath, MarginalPath, Message, SDEPath, information_filter
 
 _serial = count()
-_taken = nn.ModuleDict()
+_PRIOR_RUNS = 8
 
 
 class AmortizedGuide(nn.Module):
@@ -45,14 +51,19 @@ class AmortizedGuide(nn.Module):
         model: the model. Held outside the module tree: its parameters are the model's own. Data are observed in it.
         encoder: reads the model's first argument, a `Series`, so that the messages of a series come from its data
             (amortised: series never seen get a posterior too). None: free parameters per series and grid time.
-        paths: how paths are guided: by messages; `FilterMessage()` starts at the information filter, `FreeMessage()` at
-            nothing. The filter and the encoder's head see the latents sampled before the path.
-        latents: the family of the other latents, `FullRank()` or `MeanField()`.
+        paths: how paths are guided: by messages, of which `FilterMessage()` starts at the information filter,
+            `FreeMessage()` at nothing. The filter and the encoder's head see the latents sampled before the path.
+        amortize: by the name of a latent in a plate that of the plate: over the series, or over groups of them
+            (`batch.group_plate`). Its posterior is then the prior times a message from the encoding of the series, or
+            the product of the messages of a group's members. Other latents in plates have a posterior per member.
+        latents: the family of the other latents, `FullRank()`, `MeanField()` or `Flow()`.
         hidden: width of the head that turns an encoding into a message.
+        loop: `Compiled()` compiles the loop over time of the guided paths; None runs it step by step.
 
     Raises:
-        GuideError: when called, for a discrete latent that is not enumerated, an encoder without a `Series`, data of
-            another population than the guide was trained on (without an encoder), or a grid of another length.
+        GuideError: for `amortize` without an encoder; when called, for a discrete latent that is not enumerated, an
+            encoder without a `Series`, data of another population than the guide was trained on (where something is
+            not amortised), a grid of another length, or a site or plate of `amortize` that is not there.
 
     References:
         Archer et al., "Black box variational inference for state space models", 2015, https://arxiv.org/abs/1511.07367;
@@ -82,16 +93,24 @@ class AmortizedGuide(nn.Module):
         model: Callable[..., Any],
         encoder: AbstractEncoder | None = None,
         *,
-        paths: AbstractMessageFamily = FilterMessage(),  # noqa: B008
-        latents: FullRank | MeanField = FullRank(),  # noqa: B008
+        paths: AbstractPathFamily = FilterMessage(),  # noqa: B008
+        amortize: Mapping[str, str] | None = None,
+        latents: FullRank | MeanField | Flow = FullRank(),  # noqa: B008
         hidden: int = 64,
+        loop: Compiled | None = None,
     ) -> None:
         super().__init__()
+        if amortize and encoder is None:
+            raise GuideError(
+                f"amortize={dict(amortize)} needs an encoder that reads the data. Pass one, e.g. sd.GRUEncoder(...)."
+            )
         self._model = (model,)
         self.encoder = encoder
         self.family, self.latents, self.hidden = paths, latents, hidden
+        self.loop = loop
         self.paths, self.locals = nn.ModuleDict(), nn.ModuleDict()
-        self.joint: JointNormal | None = None
+        self.amortized = AmortizedLatents(amortize or {})
+        self.joint: JointNormal | JointFlow | None = None
         self._plates: int | None = None
         self._label = f"{type(self).__name__}${next(_serial)}"
 
@@ -109,6 +128,8 @@ class AmortizedGuide(nn.Module):
         run = Run(args, kwargs)
         if self._plates is None:
             self._set_up(run)
+        if self.joint is not None:
+            run.residuals = self.joint.history()
         self._emit()
         while True:
             try:
@@ -137,43 +158,67 @@ class AmortizedGuide(nn.Module):
         }
         frames = [f for s in nodes.values() for f in s["cond_indep_stack"] if f.vectorized]
         starts: dict[str, Start] = {}
+        batch = series_of(run.args)
         for name, site in latents.items():
             place = Place.of(name, tuple(site["cond_indep_stack"]), members)
             with own_randomness():
                 if isinstance(site["fn"], SDEPath):
-                    features = sum(s.loc.shape[-1] for s in starts.values() if s.place.within(place))
-                    self._set_up_path(name, site["fn"], place, features)
+                    seen = [s for s in starts.values() if seen_by_path(s.place, place, batch)]
+                    features = sum(s.loc.shape[-1] for s in seen)
+                    self._set_up_path(name, site["fn"], place, features, run)
                 else:
                     starts[name] = prior_start(name, site["fn"], place)
-        self._set_up_latents(starts)
+        self._set_up_amortized({n: Latent(latents[n]["fn"], s.place) for n, s in starts.items()}, run)
+        self._set_up_latents({n: s for n, s in starts.items() if n not in self.amortized})
         self._plates = max((-f.dim for f in frames), default=0)
+
+    def _set_up_amortized(self, latents: Mapping[str, Latent], run: Run) -> None:
+        if self.encoder is None or not self.amortized.plates:
+            return
+        with own_randomness():
+            priors = [{n: latent.prior for n, latent in latents.items()}]
+            priors += prior_runs(self.model, run, _PRIOR_RUNS)
+            scales = pooled_scales(priors, self.amortized.plates)
+            self.amortized.set_up(latents, run.args, scales, (self.encoder.hidden, self.hidden))
 
     def _set_up_latents(self, starts: Mapping[str, Start]) -> None:
         joint = {}
         for name, start in starts.items():
-            if isinstance(self.latents, FullRank) and not start.table_shape:
+            if not isinstance(self.latents, MeanField) and not start.table_shape:
                 joint[name] = start
-            elif _key(name) not in self.locals:
-                self.locals[_key(name)] = LocalNormal.begin(start, self.latents)
+            elif key_of(name) not in self.locals:
+                self.locals[key_of(name)] = LocalNormal.begin(start, self.latents)
         if joint:
-            if self.joint is None:
+            if self.joint is None and isinstance(self.latents, Flow):
+                self.joint = JointFlow.begin(joint, self.latents)
+            elif self.joint is None:
                 self.joint = JointNormal.begin(joint, self.latents)
             self.joint.arrange({name: start.loc.shape[-1] for name, start in joint.items()})
 
-    def _set_up_path(self, name: str, prior: SDEPath, place: Place, upstream: int) -> None:
-        if _key(name) not in self.paths:
-            features = None if self.encoder is None else self.encoder.hidden + 2 + upstream
-            self.paths[_key(name)] = PathSite.begin(self.family, prior, place, features, self.hidden)
+    def _set_up_path(self, name: str, prior: SDEPath, place: Place, upstream: int, run: Run) -> None:
+        if key_of(name) not in self.paths:
+            self.paths[key_of(name)] = self._new_path_site(prior, place, upstream, run)
+
+    def _new_path_site(self, prior: SDEPath, place: Place, upstream: int, run: Run) -> nn.Module:
+        encoded = 0 if self.encoder is None else self.encoder.hidden
+        if isinstance(self.family, PosteriorDrift):
+            return DriftSite.begin(self.family, prior, encoded + upstream, encoded)
+        if isinstance(self.family, Marginals):
+            sizes = (encoded, upstream, self.hidden) if encoded else None
+            return MarginalSite.begin(self.family, prior, place, run, sizes)
+        features = encoded + 2 + upstream if encoded else None
+        return PathSite.begin(self.family, prior, place, features, self.hidden)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for group, kind in (("paths", PathSite), ("locals", LocalNormal)):
+        for group, kind in (("paths", _path_site_kind), ("locals", lambda _: LocalNormal)):
             modules, states = getattr(self, group), _grouped(state_dict, f"{prefix}{group}.")
             for key, state in states.items():
                 if key not in modules or not _same_shapes(modules[key], state):
-                    modules[key] = kind.of_state(state)
+                    modules[key] = kind(state).of_state(state)
         state = _grouped(state_dict, prefix).get("joint")
         if state and (self.joint is None or not _same_shapes(self.joint, state)):
-            self.joint = JointNormal.of_state(state)
+            flow = isinstance(self.latents, Flow)
+            self.joint = JointFlow.of_state(state, self.latents) if flow else JointNormal.of_state(state)
         self._plates = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -186,8 +231,13 @@ class AmortizedGuide(nn.Module):
             return self._guided(name, prior, place, run)
         if self.joint is not None and name in self.joint.slices:
             return self.joint.posterior(name, prior, run.residuals)
-        if _key(name) in self.locals:
-            return self.locals[_key(name)].posterior(prior, place)
+        if key_of(name) in self.amortized.sites and self.encoder is not None:
+            return self.amortized.posterior(prior, place, run, self.encoder)
+        if key_of(name) in self.locals:
+            site = self.locals[key_of(name)]
+            q = site.posterior(prior, place)
+            site.trained.check(run.args, place, learning=self._learning(), training=self.training)
+            return q
         raise GuideError(
             f"site '{name}' was not there when the guide first ran; its sites were {self._known()}. A model must have "
             "the same latents in every run."
@@ -195,16 +245,20 @@ class AmortizedGuide(nn.Module):
 
     def _known(self) -> list[str]:
         joint = [] if self.joint is None else list(self.joint.slices)
-        return sorted([*self.paths, *self.locals, *joint])
+        return sorted([*self.paths, *self.locals, *self.amortized.sites, *joint])
 
     def _median(self, name: str, prior: dist.TorchDistribution, place: Place) -> Tensor | None:
         if self.joint is not None and name in self.joint.slices:
             return self.joint.median(name, prior)
-        if _key(name) in self.locals:
-            return self.locals[_key(name)].median(prior, place)
+        if key_of(name) in self.amortized.sites:
+            return self.amortized.median(name, prior)
+        if key_of(name) in self.locals:
+            return self.locals[key_of(name)].median(prior, place)
         return None
 
     def _sampled(self, name: str, q: Any, value: Tensor, place: Place, run: Run) -> None:
+        if isinstance(q, MarginalPath):
+            return
         if not isinstance(q, GuidedPath):
             if self.joint is not None and name in self.joint.slices:
                 run.residuals.add(q, value)
@@ -217,8 +271,12 @@ class AmortizedGuide(nn.Module):
 
     # Messages.
 
-    def _guided(self, name: str, prior: SDEPath, place: Place, run: Run) -> GuidedPath:
+    def _guided(self, name: str, prior: SDEPath, place: Place, run: Run) -> GuidedPath | MarginalPath:
         site = self._path_site(name)
+        if isinstance(site, DriftSite):
+            return site.guided(self.encoder, prior, place, run, self.loop)
+        if isinstance(site, MarginalSite):
+            return in_use(site.marginal(self.encoder, prior, place, run))
         base = None
         if isinstance(self.family, FilterMessage):
             if name not in run.potentials:
@@ -240,14 +298,14 @@ class AmortizedGuide(nn.Module):
         build = self.family.build
         message = masked(build(numbers, site.unit, around, base), valid)
         score = masked(build(seen_by_score, site.unit, around, base), valid)
-        return prior.guided(message, score_message=score)
+        return prior.guided(message, score_message=score, loop=self.loop)
 
     def _path_site(self, name: str) -> PathSite:
-        if _key(name) not in self.paths:
+        if key_of(name) not in self.paths:
             raise GuideError(
                 f"path site '{name}' was not there when the guide first ran; it knew {self._known()}."
             )
-        return self.paths[_key(name)]
+        return self.paths[key_of(name)]
 
     def _potential(self, reached: PathReached, run: Run) -> tuple[Message, Tensor]:
         """The likelihood's message at the running estimate of the path, and that estimate."""
@@ -270,10 +328,10 @@ class AmortizedGuide(nn.Module):
         return around
 
 
-def _key(name: str) -> str:
-    """A site's name as a key of a ModuleDict, which refuses dots and the names of its own methods."""
-    key = name.replace(".", "__")
-    return f"{key}__" if hasattr(_taken, key) else key
+def _path_site_kind(state: Mapping[str, Tensor]) -> type[PathSite] | type[DriftSite] | type[MarginalSite]:
+    if "gap_numbers" in state or "gap_head.0.weight" in state:
+        return MarginalSite
+    return DriftSite if "dims" in state else PathSite
 
 
 def _same_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> bool:

@@ -10,8 +10,13 @@ from stochdyn.paths import Message
 
 
 @dataclass(frozen=True)
-class AbstractMessageFamily(ABC):
-    """What the learned numbers of every grid time mean."""
+class AbstractPathFamily(ABC):
+    """How the path sites of a model are guided; a value that `AmortizedGuide` is given as `paths`."""
+
+
+@dataclass(frozen=True)
+class AbstractMessageFamily(AbstractPathFamily):
+    """Guiding by messages: what the learned numbers of every grid time mean."""
 
     @abstractmethod
     def numbers(self, state: int) -> int:

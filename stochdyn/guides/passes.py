@@ -19,9 +19,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from stochdyn.data import Series
-from stochdyn.errors import GuideError
+from stochdyn.encoders import AbstractEncoder
+from stochdyn.errors import DivergedError, GuideError
 from stochdyn.guides.plates import Place
 from stochdyn.guides.sites import Residuals
+from stochdyn.guides.upstream import for_path, seen_by_path, series_of
 from stochdyn.paths import Message, SDEPath
 
 
@@ -37,7 +39,9 @@ class Run:
     potentials: dict[str, tuple[Message, Tensor]] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
-    residuals: Residuals = field(default_factory=Residuals)
+    residuals: Any = field(default_factory=Residuals)
+    encoding: Tensor | None = None
+    population: Tensor | None = None
 
     def leading(self, plates: int) -> torch.Size:
         """Batch dimensions left of the model's plates (particles), over everything sampled so far."""
@@ -45,8 +49,22 @@ class Run:
         return torch.broadcast_shapes(*shapes) if shapes else torch.Size()
 
     def upstream(self, place: Place) -> list[Tensor]:
-        """The unconstrained values of the latents sampled before a site, of those in none but its own plates."""
-        return [value for name, value in self.features.items() if self.places[name].within(place)]
+        """The unconstrained values of the latents sampled before a path that its head sees.
+
+        Those in none but its own plates, and those of the groups that its series belong to.
+        """
+        batch = series_of(self.args)
+        return [
+            for_path(value, self.places[name], place, batch)
+            for name, value in self.features.items()
+            if seen_by_path(self.places[name], place, batch)
+        ]
+
+    def encoded(self, encoder: AbstractEncoder) -> Tensor:
+        """The encoding of the data, made once per run: (series, time, hidden)."""
+        if self.encoding is None:
+            self.encoding = encoder(self.args[0])
+        return self.encoding
 
 
 class PathReached(BaseException):
@@ -138,6 +156,26 @@ class Given(Messenger):
             )
             if value is not None:
                 msg.update(value=value, done=True)
+
+
+def prior_runs(model: Callable[..., Any], run: Run, count: int) -> list[dict[str, dist.TorchDistribution]]:
+    """The priors of the latents that are no paths, in independent runs of the model; none where it diverges."""
+    out = []
+    for _ in range(count):
+        try:
+            with torch.no_grad(), poutine.block(), poutine.trace() as tracer, PathsWithoutNoise():
+                model(*run.args, **run.kwargs)
+        except DivergedError:
+            continue
+        sites = [(n, s) for n, s in tracer.trace.nodes.items() if s["type"] == "sample"]
+        out.append({n: s["fn"] for n, s in sites if is_free_latent(s)})
+    return out
+
+
+def is_free_latent(site: dict[str, Any]) -> bool:
+    """Whether a site is a latent that is neither a path nor enumerated."""
+    hidden = site["is_observed"] or site_is_subsample(site) or is_enumerated(site)
+    return not hidden and not isinstance(site["fn"], SDEPath)
 
 
 class PathsWithoutNoise(Messenger):

@@ -13,6 +13,7 @@ from stochdyn.errors import GuideError
 from stochdyn.guides.messages import AbstractMessageFamily
 from stochdyn.guides.passes import Run
 from stochdyn.guides.plates import Place
+from stochdyn.guides.signature import same, series_signature
 from stochdyn.guides.sites import centre_and_spread
 from stochdyn.paths import SDEPath
 
@@ -107,11 +108,7 @@ class PathSite(nn.Module):
         batch = args[0] if args else None
         if not isinstance(batch, Series) or not shape or shape[-1] != len(batch):
             return out
-        seen = batch.mask.flatten(1)
-        times = batch.times.expand(batch.mask.shape[:2])[..., None].expand(batch.mask.shape)
-        rank = seen.cumsum(1).double()
-        numbers = rank * (batch.values.flatten(1).double() + 1) + rank.sqrt() * times.flatten(1)
-        return out + (numbers * seen).sum(-1).to(out.device)
+        return out + series_signature(batch).to(out.device)
 
     def stored(self, ts: Tensor, place: Place, signature: Tensor) -> Tensor | None:
         """The estimate of the path, if all members of this run are on their own grid with their own data."""
@@ -123,7 +120,7 @@ class PathSite(nn.Module):
     def _own(self, place: Place, signature: Tensor) -> Tensor:
         """Which members of this run have their own data, up to rounding."""
         stored = place.take(self.signature, 0)
-        return place.take(self.seen, 0) & ((stored - signature).abs() <= 1e-9 * (1 + stored.abs()))
+        return place.take(self.seen, 0) & same(stored, signature)
 
     def _grid(self, ts: Tensor, place: Place) -> Tensor:
         return place.take(self.grid, 1)[..., : ts.shape[-1]]
@@ -237,7 +234,7 @@ class PathSite(nn.Module):
             )
         if self.head is None:
             raise GuideError(f"path site '{place.name}': this guide was made without an encoder.")
-        encoding, ahead, valid = align(encoder(batch), batch, prior.ts)
+        encoding, ahead, valid = align(run.encoded(encoder), batch, prior.ts)
         encoding, ahead = encoding.to(self.unit), ahead.to(self.unit)
         dt = torch.nn.functional.pad(prior.ts.diff(dim=-1), (0, 1)).to(ahead).expand(ahead.shape)
         upstream = run.upstream(place)

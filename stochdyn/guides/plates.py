@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn.errors import GuideError
 
@@ -93,3 +93,12 @@ class Place:
 
 def _in_order(index: Tensor) -> bool:
     return bool((index == torch.arange(len(index), device=index.device)).all())
+
+
+_taken = nn.ModuleDict()
+
+
+def key_of(name: str) -> str:
+    """A site's name as a key of a ModuleDict, which refuses dots and the names of its own methods."""
+    key = name.replace(".", "__")
+    return f"{key}__" if hasattr(_taken, key) else key

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -11,6 +12,7 @@ from torch.distributions import biject_to
 from stochdyn.errors import GuideError
 from stochdyn.guides.latent import LatentNormal
 from stochdyn.guides.plates import Place
+from stochdyn.guides.signature import Trained
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,14 @@ class LocalNormal(nn.Module):
         super().__init__()
         self.loc, self.log_scale = nn.Parameter(loc), nn.Parameter(log_scale)
         self.lower = None if lower is None else nn.Parameter(lower)
+        self.trained = Trained(loc.shape[:-1], loc.device)
 
     @classmethod
-    def begin(cls, start: Start, family: MeanField | FullRank) -> "LocalNormal":
-        """From the prior."""
+    def begin(cls, start: Start, family: Any) -> "LocalNormal":
+        """From the prior; diagonal with `MeanField`, else full."""
         log_scale = (start.scale * family.init_scale).log()
         size = start.loc.shape[-1]
-        full = isinstance(family, FullRank) and size > 1
+        full = not isinstance(family, MeanField) and size > 1
         return cls(
             start.loc.clone(), log_scale, start.loc.new_zeros(*start.loc.shape, size) if full else None
         )
@@ -130,7 +133,8 @@ class LocalNormal(nn.Module):
         if not place.fits(self.loc, 1):
             raise GuideError(
                 f"site '{place.name}': the guide holds posteriors for {tuple(self.loc.shape[:-1])} members of the "
-                f"plates, this run has plates {place.sizes()}. Latents of a series are not amortised: fit a new guide."
+                f"plates, this run has plates {place.sizes()}. Use amortize={{'{place.name}': plate}} with an "
+                "encoder, or fit a new guide."
             )
         loc, log_scale = place.take(self.loc, 1), place.take(self.log_scale, 1)
         factor = log_scale.exp()
@@ -152,13 +156,52 @@ class LocalNormal(nn.Module):
         return biject_to(prior.support)(u.reshape(u.shape[:-1] + free_shape(prior)))
 
 
+class Arrangement:
+    """Where the latents outside plates stand in one vector, in the order of the model."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.slices: dict[str, slice] = {}
+
+    def arrange(self, sizes: Mapping[str, int]) -> None:
+        """Lay the sites out.
+
+        Raises:
+            GuideError: if the sizes do not add up to what the parameters hold.
+        """
+        if sum(sizes.values()) != self.size:
+            raise GuideError(
+                f"The guide holds {self.size} numbers for latents outside plates, the model has "
+                f"{sum(sizes.values())} ({', '.join(sizes)}). Load the state of the same model."
+            )
+        self.slices, at = {}, 0
+        for name, size in sizes.items():
+            self.slices[name] = slice(at, at + size)
+            at += size
+
+    def part(self, name: str, before: int) -> slice:
+        """Where a site stands, after so many numbers.
+
+        Raises:
+            GuideError: if that is not where it stood when the guide first ran.
+        """
+        part = self.slices[name]
+        if before != part.start:
+            raise GuideError(
+                f"site '{name}' comes after {before} numbers of latents outside plates, it came after "
+                f"{part.start} when the guide first ran ({', '.join(self.slices)}). A model must have the same latents "
+                "in the same order in every run."
+            )
+        return part
+
+
 class JointNormal(nn.Module):
     """One normal over all latents outside plates, sampled site by site: each conditional on those before it."""
 
     def __init__(self, loc: Tensor, log_scale: Tensor, lower: Tensor) -> None:
         super().__init__()
         self.loc, self.log_scale, self.lower = nn.Parameter(loc), nn.Parameter(log_scale), nn.Parameter(lower)
-        self.slices: dict[str, slice] = {}
+        self.arrangement = Arrangement(len(loc))
 
     @classmethod
     def begin(cls, starts: Mapping[str, Start], family: FullRank) -> "JointNormal":
@@ -173,30 +216,21 @@ class JointNormal(nn.Module):
         return cls(*(torch.zeros_like(state[name]) for name in ("loc", "log_scale", "lower")))
 
     def arrange(self, sizes: Mapping[str, int]) -> None:
-        """Lay the sites out, in the order of the model.
+        """Lay the sites out, in the order of the model."""
+        self.arrangement.arrange(sizes)
 
-        Raises:
-            GuideError: if the sizes do not add up to what the parameters hold.
-        """
-        if sum(sizes.values()) != len(self.loc):
-            raise GuideError(
-                f"The guide holds {len(self.loc)} numbers for latents outside plates, the model has "
-                f"{sum(sizes.values())} ({', '.join(sizes)}). Load the state of the same model."
-            )
-        self.slices, at = {}, 0
-        for name, size in sizes.items():
-            self.slices[name] = slice(at, at + size)
-            at += size
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where every site stands."""
+        return self.arrangement.slices
+
+    def history(self) -> "Residuals":
+        """What one run of a guide records."""
+        return Residuals()
 
     def conditional(self, name: str, before: "Residuals") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """loc and factor given the residuals of the sites before, attached and as the score sees them."""
-        part = self.slices[name]
-        if before.count != part.start:
-            raise GuideError(
-                f"site '{name}' comes after {before.count} numbers of latents outside plates, it came after "
-                f"{part.start} when the guide first ran ({', '.join(self.slices)}). A model must have the same latents "
-                "in the same order in every run."
-            )
+        part = self.arrangement.part(name, before.count)
         L = torch.diag_embed(self.log_scale.exp()) + self.lower.tril(-1)
         rows, known = L[part, : part.start], part.start
         block, loc = L[part, part], self.loc[part]

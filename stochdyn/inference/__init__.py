@@ -7,6 +7,7 @@ from stochdyn.inference.evidence import Evidence, evidence
 from stochdyn.inference.fit import fit
 from stochdyn.inference.iwae import IWAE
 from stochdyn.inference.objective import ELBO, AbstractObjective
+from stochdyn.inference.path_elbo import PathELBO
 from stochdyn.inference.predict import Prediction, predict
 from stochdyn.inference.result import Fit
 from stochdyn.inference.schedule import Constant, Cyclical, Decay, Linear, Schedule

@@ -14,6 +14,7 @@ from torch import Tensor, broadcast_shapes
 from torch.distributions import kl_divergence
 
 from stochdyn.errors import FitError
+from stochdyn.paths import GuidedPath, SDEPath
 
 
 class AbstractEstimator(ABC):
@@ -27,6 +28,9 @@ class AbstractEstimator(ABC):
             model_trace: of the model replayed on the guide's draw; nothing is scored yet.
             guide_trace: of the guide.
         """
+
+    def align(self, model_trace: Any, guide_trace: Any) -> None:  # noqa: B027
+        """Make both traces comparable, before Pyro compares their shapes."""
 
     def check_shapes(self, nesting: float, *traces: Any) -> None:
         """Pyro's check that log-densities fit the plates, where its validation is on."""
@@ -58,6 +62,7 @@ class StickingTheLanding(AbstractEstimator):
     """
 
     def terms(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
+        recall_draws(model_trace, guide_trace)
         model_trace.compute_log_prob()
         guide_trace.compute_score_parts()
         return _log_ratio(model_trace, guide_trace)
@@ -115,6 +120,7 @@ class AnalyticKL(AbstractEstimator):
     """
 
     def terms(self, model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:
+        recall_draws(model_trace, guide_trace)
         divergences = dict(_divergences(model_trace, guide_trace))
         model_trace.compute_log_prob(lambda name, site: name not in divergences)
         elbo: Any = -sum(divergences.values())
@@ -139,6 +145,16 @@ def samples(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         ['z']
     """
     return ((name, site) for name, site in trace.nodes.items() if site["type"] == "sample")
+
+
+def recall_draws(model_trace: Any, guide_trace: Any) -> None:
+    """Let paths be scored with what drawing them computed: for gradients by parameters that is the same."""
+    for name, site in samples(guide_trace):
+        q, p = _inner(site["fn"]), model_trace.nodes.get(name)
+        if isinstance(q, GuidedPath):
+            q.recall()
+            if p is not None and isinstance(_inner(p["fn"]), SDEPath):
+                _inner(p["fn"]).recall(q)
 
 
 def _log_ratio(model_trace: Any, guide_trace: Any) -> tuple[Any, Any]:

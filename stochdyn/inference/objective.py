@@ -108,6 +108,7 @@ class ELBO(AbstractObjective):
             max_plate_nesting=math.inf if nesting is None else nesting,
             vectorize_particles=self._in_a_dimension,
         )
+        traces.align = self.estimator.align
         value = surrogate = 0.0
         for pair in traces.pairs(model, guide, args):
             terms = self.estimator.terms(*pair)
@@ -140,6 +141,8 @@ def _plate_nesting(model: Program, guide: Program, args: tuple) -> int:
 class _Traces(Trace_ELBO):
     """Pyro's traces of guide and model, one or many particles, before anything is scored."""
 
+    align: Callable[[Any, Any], None] = staticmethod(lambda model_trace, guide_trace: None)
+
     def pairs(self, model: Program, guide: Program, args: tuple) -> list[tuple[Any, Any]]:
         return list(self._get_traces(model, guide, args, {}))
 
@@ -151,6 +154,7 @@ class _Traces(Trace_ELBO):
         else:
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        self.align(model_trace, guide_trace)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
             check_if_enumerated(guide_trace)

@@ -4,5 +4,6 @@ from stochdyn.paths import kl
 from stochdyn.paths.compiled import Compiled
 from stochdyn.paths.filter import particle_evidence
 from stochdyn.paths.guided import GuidedPath
+from stochdyn.paths.marginal import MarginalPath
 from stochdyn.paths.message import Message
 from stochdyn.paths.sde import SDEPath, information_filter

@@ -26,8 +26,12 @@ def _kl_paths(q: "GuidedPath | SDEPath", p: SDEPath) -> Tensor:
     a, noise, mean, twist, real = guided.moments(value)
     before, after = p.chain.split(value)
     t, dt, context = p.chain.layout(before.dim() - 1)
-    a_p, noise_p = p.chain.step(t, dt, context, before)
-    noise_p = noise_p.safe(real)
+    drift = p.chain.drifts(before.dim() - 1).at_once()
+    if guided.known(value) is not None and p.chain.same_noise(q.chain):
+        a_p, noise_p = p.chain.solver.advance(drift, t, dt, before), noise
+    else:
+        a_p, noise_p = p.chain.step(t, dt, context, before, drift)
+        noise_p = noise_p.safe(real)
     gap = a + noise.apply(mean) - a_p
     shift = noise_p.solve(gap)
     if p.chain.noise_dim < p.chain.state_dim:

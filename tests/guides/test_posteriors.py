@@ -19,7 +19,7 @@ from tests.models import (
     ou_series,
     trained,
 )
-from tests.problems import OU
+from tests.problems import OU, euler_linear, kalman_log_evidence
 
 POINTS, STEP = 60, 0.2
 BATCH = ou_series(1, STEP * torch.arange(POINTS, dtype=F64), seed=5)
@@ -133,3 +133,103 @@ def gap(program, guide, series):
     guide.train()
     exact = ou_evidence(series, substeps=2).sum().item()
     return (exact - mean) / len(series), error / len(series)
+
+
+def wide_priors():
+    """As `ou_priors`, with a wide prior of theta: the posterior is curved and skewed."""
+    theta = pyro.sample("theta", dist.LogNormal(torch.tensor(0.4, dtype=F64), 0.7))
+    mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(torch.tensor(-0.3, dtype=F64), 0.7))
+    return theta, mu, sigma
+
+
+@torch.no_grad()
+def wide_sds(guide, draws=40000):
+    """Of the posterior with wide priors, by importance sampling from a Student t around a guide."""
+    L = torch.diag(guide.joint.log_scale.exp()) + guide.joint.lower.tril(-1)
+    proposal = dist.MultivariateStudentT(torch.tensor(4.0, dtype=F64), guide.joint.loc.detach(), 1.3 * L)
+    u = proposal.sample((draws,))
+    u = u[(u[:, 0].exp() * STEP < 1.8) & (u[:, 0] > -4) & (u[:, 2].abs() < 4)]  # where the scheme is stable
+    log_w = []
+    for part in u.split(1000):
+        values = {"theta": part[:, 0].exp(), "mu": part[:, 1], "sigma": part[:, 2].exp()}
+        with pyro.plate("draws", len(part)):
+            trace = poutine.trace(poutine.condition(marginal, values)).get_trace()
+        trace.compute_log_prob()
+        log_p = sum(trace.nodes[name]["log_prob"] for name in ("theta", "mu", "sigma", "y"))
+        log_w.append(log_p + part[:, 0] + part[:, 2] - proposal.log_prob(part))
+    w = torch.softmax(torch.cat(log_w), 0)
+    assert 1 / w.square().sum() > draws / 5
+    mean = w @ u
+    return (w @ (u - mean).square()).sqrt()
+
+
+@pytest.mark.slow
+def test_a_flow_gives_the_widths_of_a_curved_posterior(monkeypatch):
+    monkeypatch.setattr("tests.models.ou_priors", wide_priors)
+    monkeypatch.setitem(globals(), "ou_priors", wide_priors)
+    torch.manual_seed(0)
+    full = sd.AmortizedGuide(marginal)
+    trained(marginal, full, (), steps=400, lr=0.03, objective=sd.ELBO(particles=8))
+    torch.manual_seed(0)
+    exact = wide_sds(full)
+    assert (sds(full) / exact)[:2].max() < 0.88  # a normal is too narrow
+    guide = sd.AmortizedGuide(model, latents=sd.Flow())
+    trained(model, guide, BATCH, steps=450, lr=0.02, objective=sd.ELBO(particles=16))
+    with torch.no_grad():
+        u = guide.joint.inverse(torch.randn(20000, 3, dtype=F64))
+    torch.testing.assert_close(u.std(0) / exact, torch.ones(3, dtype=F64), atol=0.1, rtol=0)
+
+
+RATE_TIMES, RATE_SPREAD, RATE_NOISE = torch.linspace(0, 4, 21, dtype=F64), 0.3, 0.1
+
+
+def rates(batch):
+    """A rate for every series, spread around a common level; paths fall from 2 to 0 at that rate."""
+    level = pyro.sample("level", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
+    grid = sd.TimeGrid(batch.times, substeps=1)
+    with batch.plate("subject"):
+        theta = pyro.sample("theta", dist.LogNormal(level, RATE_SPREAD))
+        start = dist.Normal(torch.full((1,), 2.0, dtype=F64), 0.1).to_event(1)
+        z = pyro.sample("z", ou_path(grid.ts, theta, 0.0, 0.3, start=start))
+        pyro.sample("y", dist.Normal(grid.observed(z), RATE_NOISE).to_event(2), obs=batch.values)
+
+
+def rate_series(number, seed):
+    torch.manual_seed(seed)
+    blank = sd.Series(RATE_TIMES, torch.zeros(number, len(RATE_TIMES), 1, dtype=F64))
+    held = poutine.condition(poutine.uncondition(rates), {"level": torch.tensor(0.2, dtype=F64)})
+    return sd.Series(RATE_TIMES, poutine.trace(held).get_trace(blank).nodes["y"]["value"])
+
+
+def rate_posterior(series, level):
+    """Mean and sd of log theta of one series, by quadrature; the path is integrated out by a Kalman filter."""
+    one = torch.ones(1, 1, dtype=F64)
+    u = torch.linspace(-2, 2, 121, dtype=F64)
+    observed = {k: series.values[0, k] for k in range(len(RATE_TIMES))}
+    log_p = []
+    for theta in u.exp():
+        start = {"m": 2 * one[0], "P": 0.01 * one, "H": one, "R": RATE_NOISE**2 * one}
+        linear = euler_linear(-theta * one, 0 * one[0], 0.3 * one, RATE_TIMES.diff(), **start)
+        log_p.append(kalman_log_evidence(linear, observed))
+    log_p = torch.tensor(log_p, dtype=F64) + dist.Normal(level, RATE_SPREAD).log_prob(u)
+    w = torch.softmax(log_p, 0)
+    mean = (w * u).sum()
+    return mean, (w * (u - mean).square()).sum().sqrt()
+
+
+@pytest.mark.slow
+def test_amortised_rates_of_paths_have_the_posterior_of_series_never_seen():
+    data, new = rate_series(2000, seed=1), rate_series(6, seed=2)
+    torch.manual_seed(0)
+    guide = sd.AmortizedGuide(rates, sd.GRUEncoder(1, 32).double(), amortize={"theta": "subject"})
+    trained(rates, guide, data, steps=400, lr=0.01, batch_size=100)
+    guide.eval()
+    level = guide.joint.loc[0].detach()
+    with torch.no_grad():
+        q = poutine.trace(poutine.condition(guide, {"level": level})).get_trace(new).nodes["theta"]["fn"]
+    exact = torch.tensor([rate_posterior(new[[i]], level) for i in range(len(new))], dtype=F64)
+    ratio, shift = q.factor[:, 0] / exact[:, 1], (q.loc[:, 0] - exact[:, 0]) / exact[:, 1]
+    torch.testing.assert_close(ratio, torch.ones(6, dtype=F64), atol=0.1, rtol=0)
+    assert shift.square().mean().sqrt() < 0.3
+    assert (exact[:, 1] / RATE_SPREAD).max() < 0.8  # the prior is wider

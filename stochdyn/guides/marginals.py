@@ -1,0 +1,242 @@
+"""Guiding by marginals: simulation-free with `PathELBO`, by messages made of the same marginals elsewhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+
+from stochdyn.data import Series
+from stochdyn.encoders import AbstractEncoder
+from stochdyn.errors import GuideError
+from stochdyn.guides.messages import AbstractPathFamily
+from stochdyn.guides.plates import Place
+from stochdyn.guides.signature import series_signature
+from stochdyn.guides.sites import centre_and_spread
+from stochdyn.paths import GuidedPath, MarginalPath, SDEPath
+from stochdyn.paths.marginal import Knots
+
+if TYPE_CHECKING:
+    from stochdyn.guides.passes import Run
+
+_DRAWS = 50
+
+
+@dataclass(frozen=True)
+class Marginals(AbstractPathFamily):
+    """The posterior of a path by its marginals: trained without a solver by `objective=sd.PathELBO()`.
+
+    A mean and a full covariance at every time with an observation, and a bridge between each two, see `MarginalPath`.
+    The same guide, trained, also draws paths on the model's grid: with any other objective, and in `predict`,
+    `evidence` and the like, it is a path guided by messages.
+
+    Args:
+        init_scale: initial standard deviations, as a share of the prior's.
+
+    References:
+        Bartosh, Vetrov & Naesseth, "SDE Matching", 2025, https://arxiv.org/abs/2502.02472
+
+    Example:
+        >>> import torch, stochdyn as sd
+        >>> batch = sd.Series(torch.linspace(0, 1, 6), torch.randn(8, 6, 3))
+        >>> model = sd.LatentSDE(3, 2, hidden=16, paths=sd.Marginals())
+        >>> fit = sd.fit(model, model.guide, batch, objective=sd.PathELBO(), steps=5, progress=False)
+        >>> sd.predict(fit, batch, draws=10).states.shape
+        torch.Size([10, 8, 6, 2])
+    """
+
+    init_scale: float = 0.3
+
+
+class KnotsOnly(Messenger):
+    """While it is active, guides give the values at the observation times and no more: `PathELBO` uses it."""
+
+
+def knots_only() -> bool:
+    """Whether a `KnotsOnly` is active."""
+    return any(isinstance(handler, KnotsOnly) for handler in _PYRO_STACK)
+
+
+class MarginalSite(nn.Module):
+    """What a guide learns for one path site: tables of numbers per series, or networks that read an encoding.
+
+    An encoder sees what follows; a second pass, forward over its encodings, adds what went before.
+    """
+
+    centre: Tensor
+    unit: Tensor
+    signature: Tensor
+
+    def __init__(
+        self, state: int, tables: tuple[Tensor, Tensor] | None, sizes: tuple[int, int, int] | None
+    ) -> None:
+        super().__init__()
+        self.state, self.sizes = state, sizes
+        per_knot, per_gap = numbers(state)
+        if tables is not None:
+            self.knot_numbers, self.gap_numbers = (nn.Parameter(t) for t in tables)
+        elif sizes is not None:
+            encoded, upstream, hidden = sizes
+            self.forwards = nn.GRU(encoded + 1, hidden, batch_first=True)
+            self.knot_head = _head(hidden + encoded + upstream, hidden, per_knot)
+            self.gap_head = _head(2 * (hidden + encoded) + 1 + upstream, hidden, per_gap)
+        self.register_buffer("centre", torch.zeros(state))
+        self.register_buffer("unit", torch.ones(state))
+        shape = tables[0].shape[:-2] if tables is not None else (0,)
+        self.register_buffer("signature", torch.full(shape, torch.nan, dtype=torch.float64))
+
+    @classmethod
+    def begin(
+        cls, family: Marginals, prior: SDEPath, place: Place, run: "Run", sizes: tuple[int, int, int] | None
+    ) -> "MarginalSite":
+        """A new one; `sizes` are those of encoding, latents sampled before, and hidden layers, None without encoder."""
+        like, state = prior.chain.start.centre().detach(), prior.chain.state_dim
+        tables = None
+        if sizes is None:
+            shape = place.table_shape(prior.batch_shape)
+            knots = knots_of(_series(place, run), prior)[0].shape[-1]
+            counts = zip((knots, knots - 1), numbers(state), strict=True)
+            tables = tuple(like.new_zeros(*shape, points, count) for points, count in counts)
+        new = cls(state, tables, sizes).to(like)  # type: ignore
+        draws = prior.guided()
+        draws._validate_args = False
+        rows = draws.rsample((-(-_DRAWS // max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
+        new.centre, new.unit = centre_and_spread(rows[torch.isfinite(rows).all(-1)])
+        new._start(family.init_scale)
+        return new
+
+    @torch.no_grad()
+    def _start(self, scale: float) -> None:
+        log_scale = torch.tensor(scale).log()
+        if self.sizes is None:
+            self.knot_numbers[..., self.state : 2 * self.state] = log_scale
+        else:
+            self.knot_head[-1].bias[self.state : 2 * self.state] = log_scale
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor]) -> "MarginalSite":
+        """An empty one with the shapes of a state_dict."""
+        size, like = len(state["centre"]), state["centre"]
+        if "knot_numbers" in state:
+            return cls(
+                size, (torch.zeros_like(state["knot_numbers"]), torch.zeros_like(state["gap_numbers"])), None
+            )
+        hidden, encoded = state["forwards.weight_hh_l0"].shape[1], state["forwards.weight_ih_l0"].shape[1] - 1
+        upstream = state["knot_head.0.weight"].shape[1] - hidden - encoded
+        return cls(size, None, (encoded, upstream, hidden)).to(like)
+
+    def marginal(
+        self, encoder: AbstractEncoder | None, prior: SDEPath, place: Place, run: "Run"
+    ) -> MarginalPath:
+        """The posterior of this run.
+
+        Raises:
+            GuideError: without a `Series`, or (without an encoder) for data that it was not trained on.
+        """
+        batch = _series(place, run)
+        times, index, observed = knots_of(batch, prior)
+        if encoder is None:
+            knot, gap = self._rows(batch, place, times.shape[-1])
+        else:
+            knot, gap = self._encoded(run.encoded(encoder), times, index, run.upstream(place))
+        return MarginalPath(prior, self._knots(times, knot, gap), observed)
+
+    def _knots(self, times: Tensor, knot: Tensor, gap: Tensor) -> Knots:
+        n, unit = self.state, self.unit
+        i, j = torch.tril_indices(n, n, -1, device=knot.device)
+        L = torch.diag_embed(knot[..., n : 2 * n].exp())
+        L[..., i, j] = knot[..., 2 * n :]
+        slopes = gap[..., : 2 * n].unflatten(-1, (2, n)) * unit
+        M = gap[..., 2 * n :].unflatten(-1, (n, n))
+        coupling = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(M @ M.mT + torch.eye(n, dtype=M.dtype, device=M.device)), M, upper=False
+        )
+        return Knots(times, self.centre + unit * knot[..., :n], unit[:, None] * L, slopes, coupling)
+
+    def _rows(self, batch: Series, place: Place, points: int) -> tuple[Tensor, Tensor]:
+        knot, gap = place.take(self.knot_numbers, 2), place.take(self.gap_numbers, 2)
+        stored, found = place.take(self.signature, 0), series_signature(batch).to(self.signature.device)
+        if self.training and bool(stored.isnan().any()):
+            place.put(self.signature, found, 0)
+            stored = found
+        if points > knot.shape[-2] or bool(((stored - found).abs() > 1e-9 * (1 + stored.abs())).any()):
+            raise GuideError(
+                f"path site '{place.name}': a guide without an encoder knows only the series that it was trained on, "
+                "and these are other data (or it first ran on a part of them: call it once on all). Use "
+                "encoder=sd.GRUEncoder(...), or fit a new guide."
+            )
+        return knot[..., :points, :], gap[..., : points - 1, :]
+
+    def _encoded(
+        self, encoding: Tensor, times: Tensor, index: Tensor, upstream: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        code = encoding.to(self.unit).gather(1, index[..., None].expand(*index.shape, encoding.shape[-1]))
+        gaps = times.diff(dim=-1)[..., None].to(code)
+        before, _ = self.forwards(torch.cat([code, nn.functional.pad(gaps, (0, 0, 1, 0))], -1))
+        both = torch.cat([before, code], -1)
+        pairs = torch.cat([both[:, :-1], both[:, 1:], gaps], -1)
+        if upstream:
+            lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], both.shape[:1])
+            rest = torch.cat([v.expand(*lead, v.shape[-1]) for v in upstream], -1)[..., None, :]
+            both, pairs = (
+                torch.cat([x.expand(*lead, *x.shape[1:]), rest.expand(*lead, x.shape[1], -1)], -1)
+                for x in (both, pairs)
+            )
+        return self.knot_head(both), self.gap_head(pairs)
+
+
+def _joined(x: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat([x, rest.expand(*x.shape[:-1], -1)], -1)
+
+
+def numbers(state: int) -> tuple[int, int]:
+    """How many numbers a knot and a gap take."""
+    return 2 * state + state * (state - 1) // 2, 2 * state + state * state
+
+
+def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    head = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+    with torch.no_grad():
+        head[2].weight.mul_(0.1)
+        head[2].bias.zero_()
+    return head
+
+
+def _series(place: Place, run: "Run") -> Series:
+    batch = run.args[0] if run.args else None
+    around = isinstance(batch, Series) and any(f.dim == -1 and f.size == len(batch) for f in place.frames)
+    if not isinstance(batch, Series) or not around:
+        raise GuideError(
+            f"path site '{place.name}': Marginals needs a Series as the model's first argument, and the path inside "
+            "batch.plate('series')."
+        )
+    return batch
+
+
+def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the knots are: the path's first time, and the times at which something is observed.
+
+    Returns:
+        times (series, knot), padded by repeats of the last; the position of each in the batch's times; for every time
+        of the batch the knot whose value stands there (where nothing is observed, the next one's).
+    """
+    seen = batch.mask.any(-1)
+    count = seen.sum(-1).clamp(min=1)
+    order = torch.argsort((~seen).to(torch.int8), dim=-1, stable=True)
+    places = torch.arange(int(count.max()), device=seen.device)
+    index = order.gather(1, torch.minimum(places.expand(len(batch), -1), count[:, None] - 1))
+    own = batch.times.expand(len(batch), -1)
+    times, first = own.gather(1, index), prior.ts.expand(len(batch), -1)[:, :1].to(own.device)
+    observed = (seen.cumsum(-1) - seen.to(torch.int64)).clamp(max=index.shape[-1] - 1)
+    if bool((first < times[:, :1]).any()) or times.shape[-1] < 2:
+        times, index = torch.cat([first, times], -1), torch.cat([index[:, :1], index], -1)
+        observed = observed + 1
+    return times, index, observed
+
+
+def in_use(marginal: MarginalPath) -> GuidedPath | MarginalPath:
+    """The marginals themselves inside a `KnotsOnly`, else the path on the grid that they guide."""
+    return marginal if knots_only() else marginal.guided()

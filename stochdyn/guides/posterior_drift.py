@@ -1,0 +1,160 @@
+"""Guiding by another drift: the posterior is a neural SDE with the prior's diffusion."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stochdyn.data import Series
+from stochdyn.encoders import AbstractEncoder, align
+from stochdyn.errors import GuideError
+from stochdyn.fields import Field, NeuralField, evaluate
+from stochdyn.guides.messages import AbstractPathFamily, FreeMessage
+from stochdyn.guides.plates import Place
+from stochdyn.paths import Compiled, GuidedPath, Message, SDEPath
+
+if TYPE_CHECKING:
+    from stochdyn.guides.passes import Run
+
+
+@dataclass(frozen=True)
+class PosteriorDrift(AbstractPathFamily):
+    """The posterior of a path is a path with another drift: a network of the state and of the encoding of what follows.
+
+    The guide of Li et al. (2020) and of torchsde. It shares the prior's diffusion, so on a grid it cannot reach the
+    evidence, and it draws a learned diffusion down: by 39 % on 400 Ornstein-Uhlenbeck observations with steps of a
+    fifth of their spacing. Prefer messages; this is here to compare with, and for posteriors far from Gaussian.
+
+    Args:
+        hidden: widths of the network's hidden layers.
+        context: size that the encoding is mapped to first; None: as it is.
+
+    References:
+        Li, Wong, Chen & Duvenaud, "Scalable gradients for stochastic differential equations", 2020,
+        https://arxiv.org/abs/2001.01328
+
+    Example:
+        >>> import stochdyn as sd
+        >>> model = sd.LatentSDE(3, 2, hidden=16, paths=sd.PosteriorDrift(hidden=(16,)))
+        >>> batch = sd.Series(torch.linspace(0, 1, 6), torch.randn(8, 6, 3))
+        >>> fit = sd.fit(model, model.guide, batch, steps=3, progress=False)
+    """
+
+    hidden: Sequence[int] = (64, 64)
+    context: int | None = None
+
+
+class DriftSite(nn.Module):
+    """The network of one path site, and the linear map from the first encoding to the start's message."""
+
+    def __init__(self, drift: NeuralField, start: nn.Linear, reduce: nn.Linear | None, plates: int) -> None:
+        super().__init__()
+        self.drift, self.start, self.reduce = drift, start, reduce
+        self.register_buffer("dims", torch.tensor(plates))
+
+    @classmethod
+    def begin(cls, family: PosteriorDrift, prior: SDEPath, features: int, encoded: int) -> "DriftSite":
+        """A new one; `features` counts the encoding and the latents sampled before, `encoded` the encoding alone."""
+        like, state = prior.chain.start.centre().detach(), prior.chain.state_dim
+        size, reduce = features, None
+        if family.context is not None:
+            size, reduce = family.context + features - encoded, nn.Linear(encoded, family.context).to(like)
+        drift = NeuralField(state, hidden=tuple(family.hidden), context_dim=size).to(like)
+        start = nn.Linear(size, FreeMessage().numbers(state)).to(like)
+        with torch.no_grad():
+            start.weight.zero_()
+            start.bias.copy_(FreeMessage(init=1.0).start(state))
+        return cls(drift, start, reduce, len(prior.batch_shape))
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor]) -> "DriftSite":
+        """An empty one with the shapes of a state_dict."""
+        weights = [v for k, v in state.items() if k.startswith("drift.net.layers.") and k.endswith("weight")]
+        size, numbers = state["start.weight"].shape[1], len(state["start.bias"])
+        states, hidden = weights[-1].shape[0], [w.shape[0] for w in weights[:-1]]
+        drift = NeuralField(states, hidden=hidden, context_dim=size)
+        reduce = nn.Linear(*reversed(state["reduce.weight"].shape)) if "reduce.weight" in state else None
+        return cls(drift, nn.Linear(size, numbers), reduce, int(state["dims"])).to(weights[0])
+
+    @property
+    def plates(self) -> int:
+        """The number of batch dimensions that are not particles."""
+        return int(self.dims)
+
+    def guided(
+        self,
+        encoder: AbstractEncoder | None,
+        prior: SDEPath,
+        place: Place,
+        run: "Run",
+        loop: Compiled | None = None,
+    ) -> GuidedPath:
+        """The guided path of this run.
+
+        Raises:
+            GuideError: without an encoder or a `Series`.
+        """
+        batch = run.args[0] if run.args else None
+        if encoder is None or not isinstance(batch, Series):
+            raise GuideError(
+                f"path site '{place.name}': PosteriorDrift needs an encoder, and a Series as the model's first "
+                "argument. Use sd.GRUEncoder(...), or FreeMessage() without an encoder."
+            )
+        code = encoder(batch).to(self.start.weight)
+        code = code if self.reduce is None else self.reduce(code)
+        context, _, valid = align(code, batch, prior.ts)
+        upstream = run.upstream(place)
+        scored = context.detach()
+        if upstream:
+            lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], context.shape[:-2])
+            rest = [v[..., None, :].expand(*lead, context.shape[-2], v.shape[-1]) for v in upstream]
+            context, scored = (
+                torch.cat([c.expand(*lead, *c.shape[-2:]), *rest], -1) for c in (context, scored)
+            )
+        first = self._message(self.start, context)
+        score = self._message(_detached(self.start), scored)
+        drift: Field = self.drift
+        if not bool(valid[..., :-1].all()):
+            drift, last = Until(self.drift, prior), valid[..., None].to(context)
+            own = prior.chain.context
+            parts = [] if own is None else [own.expand(*context.shape[:-1], own.shape[-1])]
+            context, scored = (
+                torch.cat([c, *parts, last.expand(*c.shape[:-1], 1)], -1) for c in (context, scored)
+            )
+        return prior.guided(
+            first, drift=drift, context=context, score_message=score, score_context=scored, loop=loop
+        )
+
+    def _message(self, start: nn.Module, context: Tensor) -> Message:
+        numbers = start(context[..., :1, :])
+        state = self.drift.state_dim
+        zero = numbers.new_zeros(state)
+        return FreeMessage().build(
+            numbers, torch.ones_like(zero), zero.expand(*numbers.shape[:-1], state), None
+        )
+
+
+class Until(nn.Module):
+    """A drift up to the last observation, and the prior's after it; the context ends in which of the two."""
+
+    def __init__(self, drift: NeuralField, prior: SDEPath) -> None:
+        super().__init__()
+        self.drift, self._prior = drift, (prior.chain.drift,)
+        own = prior.chain.context
+        self.own = 0 if own is None else own.shape[-1]
+
+    def forward(self, t: Tensor, z: Tensor, context: Tensor) -> Tensor:
+        size = self.drift.context_dim
+        own = context[..., size : size + self.own] if self.own else None
+        after = evaluate("drift", self._prior[0], t, z, own)
+        return torch.where(context[..., -1:] > 0, self.drift(t, z, context[..., :size]), after)
+
+
+def _detached(linear: nn.Linear) -> nn.Module:
+    out = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
+    out.weight, out.bias = (
+        nn.Parameter(p.detach(), requires_grad=False) for p in (linear.weight, linear.bias)
+    )
+    return out
