@@ -90,7 +90,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.5), sharex=True, sharey=True, layout="constrained")
     cases = (("trained on", data, rates), ("never seen, of new clinics", new, new_rates))
     for axis, (name, series, truth) in zip(axes, cases, strict=True):
-        median, (low, high) = intervals(guide, series, 100 if smoke else 1000)
+        median, (low, high) = intervals(guide, series, 50 if smoke else 300)
         inside = ((low < truth) & (truth < high)).float().mean()
         error = (median / truth).log().abs().median()
         print(f"{len(series)} patients {name}: 90 % intervals hold {inside:.0%}, median error {error:.0%}")

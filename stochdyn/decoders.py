@@ -13,9 +13,8 @@ class AbstractDecoder(nn.Module, ABC):
     """The contract: `decoder(z)` for states (..., time, state) is a distribution over scalars (..., time, channel).
 
     Example:
-        >>> import torch, stochdyn as sd
-        >>> import pyro.distributions as dist
-        >>> class Counts(sd.decoders.AbstractDecoder):
+        >>> from stochdyn.decoders import AbstractDecoder
+        >>> class Counts(AbstractDecoder):
         ...     def forward(self, z):
         ...         return dist.Poisson(z.exp())
         >>> Counts()(torch.zeros(5, 3, 2)).batch_shape

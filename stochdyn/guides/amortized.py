@@ -329,7 +329,7 @@ class AmortizedGuide(nn.Module):
 
 
 def _path_site_kind(state: Mapping[str, Tensor]) -> type[PathSite] | type[DriftSite] | type[MarginalSite]:
-    if "gap_numbers" in state or "gap_head.0.weight" in state:
+    if "gap_numbers" in state or "gap_head.weight" in state:
         return MarginalSite
     return DriftSite if "dims" in state else PathSite
 

@@ -80,9 +80,10 @@ class MarginalSite(nn.Module):
             self.knot_numbers, self.gap_numbers = (nn.Parameter(t) for t in tables)
         elif sizes is not None:
             encoded, upstream, hidden = sizes
-            self.forwards = nn.GRU(encoded + 1, hidden, batch_first=True)
-            self.knot_head = _head(hidden + encoded + upstream, hidden, per_knot)
-            self.gap_head = _head(2 * (hidden + encoded) + 1 + upstream, hidden, per_gap)
+            before = max(hidden // 2, 8)
+            self.forwards = nn.GRU(encoded + 1, before, batch_first=True)
+            self.trunk = nn.Linear(before + encoded + upstream, hidden)
+            self.knot_head, self.gap_head = nn.Linear(hidden, per_knot), nn.Linear(2 * hidden + 1, per_gap)
         self.register_buffer("centre", torch.zeros(state))
         self.register_buffer("unit", torch.ones(state))
         shape = tables[0].shape[:-2] if tables is not None else (0,)
@@ -114,7 +115,10 @@ class MarginalSite(nn.Module):
         if self.sizes is None:
             self.knot_numbers[..., self.state : 2 * self.state] = log_scale
         else:
-            self.knot_head[-1].bias[self.state : 2 * self.state] = log_scale
+            for head in (self.knot_head, self.gap_head):
+                head.weight.mul_(0.1)
+                head.bias.zero_()
+            self.knot_head.bias[self.state : 2 * self.state] = log_scale
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "MarginalSite":
@@ -124,8 +128,9 @@ class MarginalSite(nn.Module):
             return cls(
                 size, (torch.zeros_like(state["knot_numbers"]), torch.zeros_like(state["gap_numbers"])), None
             )
-        hidden, encoded = state["forwards.weight_hh_l0"].shape[1], state["forwards.weight_ih_l0"].shape[1] - 1
-        upstream = state["knot_head.0.weight"].shape[1] - hidden - encoded
+        before, encoded = state["forwards.weight_hh_l0"].shape[1], state["forwards.weight_ih_l0"].shape[1] - 1
+        hidden, inputs = state["trunk.weight"].shape
+        upstream = inputs - before - encoded
         return cls(size, None, (encoded, upstream, hidden)).to(like)
 
     def marginal(
@@ -177,32 +182,19 @@ class MarginalSite(nn.Module):
         gaps = times.diff(dim=-1)[..., None].to(code)
         before, _ = self.forwards(torch.cat([code, nn.functional.pad(gaps, (0, 0, 1, 0))], -1))
         both = torch.cat([before, code], -1)
-        pairs = torch.cat([both[:, :-1], both[:, 1:], gaps], -1)
         if upstream:
             lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], both.shape[:1])
-            rest = torch.cat([v.expand(*lead, v.shape[-1]) for v in upstream], -1)[..., None, :]
-            both, pairs = (
-                torch.cat([x.expand(*lead, *x.shape[1:]), rest.expand(*lead, x.shape[1], -1)], -1)
-                for x in (both, pairs)
-            )
-        return self.knot_head(both), self.gap_head(pairs)
-
-
-def _joined(x: Tensor, rest: Tensor) -> Tensor:
-    return torch.cat([x, rest.expand(*x.shape[:-1], -1)], -1)
+            rest = [v[..., None, :].expand(*lead, both.shape[-2], v.shape[-1]) for v in upstream]
+            both = torch.cat([both.expand(*lead, *both.shape[1:]), *rest], -1)
+        trunk = torch.tanh(self.trunk(both))
+        gaps = gaps.expand(*trunk.shape[:-2], *gaps.shape[-2:])
+        pairs = torch.cat([trunk[..., :-1, :], trunk[..., 1:, :], gaps], -1)
+        return self.knot_head(trunk), self.gap_head(pairs)
 
 
 def numbers(state: int) -> tuple[int, int]:
     """How many numbers a knot and a gap take."""
     return 2 * state + state * (state - 1) // 2, 2 * state + state * state
-
-
-def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    head = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
-    with torch.no_grad():
-        head[2].weight.mul_(0.1)
-        head[2].bias.zero_()
-    return head
 
 
 def _series(place: Place, run: "Run") -> Series:
@@ -219,6 +211,9 @@ def _series(place: Place, run: "Run") -> Series:
 def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:
     """Where the knots are: the path's first time, and the times at which something is observed.
 
+    A series whose first observation is at its path's first time has one knot there, whatever the other series have: with
+    two at one time the start would be charged at the first, and the likelihood read off the second.
+
     Returns:
         times (series, knot), padded by repeats of the last; the position of each in the batch's times; for every time
         of the batch the knot whose value stands there (where nothing is observed, the next one's).
@@ -226,15 +221,17 @@ def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:
     seen = batch.mask.any(-1)
     count = seen.sum(-1).clamp(min=1)
     order = torch.argsort((~seen).to(torch.int8), dim=-1, stable=True)
-    places = torch.arange(int(count.max()), device=seen.device)
-    index = order.gather(1, torch.minimum(places.expand(len(batch), -1), count[:, None] - 1))
     own = batch.times.expand(len(batch), -1)
-    times, first = own.gather(1, index), prior.ts.expand(len(batch), -1)[:, :1].to(own.device)
-    observed = (seen.cumsum(-1) - seen.to(torch.int64)).clamp(max=index.shape[-1] - 1)
-    if bool((first < times[:, :1]).any()) or times.shape[-1] < 2:
-        times, index = torch.cat([first, times], -1), torch.cat([index[:, :1], index], -1)
-        observed = observed + 1
-    return times, index, observed
+    first = prior.ts.expand(len(batch), -1)[:, :1].to(own.device)
+    early = (first < own.gather(1, order[:, :1])).to(torch.int64)
+    columns = max(int((count + early[:, 0]).max()), 2)
+    places = torch.arange(columns, device=seen.device) - early
+    places = torch.minimum(places.clamp(min=0), count[:, None] - 1)
+    index = order.gather(1, places)
+    times = own.gather(1, index)
+    times = torch.cat([torch.where(early > 0, first, times[:, :1]), times[:, 1:]], -1)
+    following = seen.cumsum(-1) - seen.to(torch.int64)
+    return times, index, torch.minimum(following, count[:, None] - 1) + early
 
 
 def in_use(marginal: MarginalPath) -> GuidedPath | MarginalPath:

@@ -117,7 +117,8 @@ class DriftSite(nn.Module):
         score = self._message(_detached(self.start), scored)
         drift: Field = self.drift
         if not bool(valid[..., :-1].all()):
-            drift, last = Until(self.drift, prior), valid[..., None].to(context)
+            # A new module in every run, which a compiled loop would compile anew.
+            drift, last, loop = Until(self.drift, prior), valid[..., None].to(context), None
             own = prior.chain.context
             parts = [] if own is None else [own.expand(*context.shape[:-1], own.shape[-1])]
             context, scored = (

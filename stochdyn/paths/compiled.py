@@ -14,7 +14,7 @@ from stochdyn.fields import AbstractDiffusion, Field
 from stochdyn.solvers import AbstractKernel
 
 Rows = tuple[Tensor | None, ...]
-Chunk = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Chunk = Callable[[Tensor, Rows], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,17 @@ class Compiled:
         inputs: StepInputs,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """States after, means and noise scales of all steps, chunk by chunk; None where it cannot."""
-        if self._broken or not isinstance(drift, nn.Module) or not diffusion.diagonal:
+        modules = isinstance(drift, nn.Module) and isinstance(diffusion.field, nn.Module)
+        if self._broken or not modules or not diffusion.diagonal:
             return None
         plain = step_chunk(drift, diffusion, solver)
         out: list[tuple[Tensor, Tensor, Tensor]] = []
         steps = inputs.eps.shape[0]
         for start in range(0, steps, self.chunk):
             rows = inputs.part(start, min(start + self.chunk, steps))
-            whole = start + self.chunk <= steps
+            whole = start + self.chunk <= steps and not self._broken
             out.append(
-                self._call(plain, (drift, diffusion.field, solver), z, rows) if whole else plain(z, *rows)
+                self._call(plain, (drift, diffusion.field, solver), z, rows) if whole else plain(z, rows)
             )
             z = out[-1][0][-1]
         return tuple([x for part in parts for x in part.unbind(0)] for parts in zip(*out, strict=True))  # type: ignore
@@ -103,13 +104,13 @@ class Compiled:
         grad = torch.is_grad_enabled()
         key = (*map(id, parts), tuple(z.shape), z.dtype, z.device, shapes, grad)
         if key in self._made:
-            return self._made[key][0](z, *rows)
+            return self._made[key][0](z, rows)
         compiled = torch.compile(plain, dynamic=False)
         started = time.perf_counter()
         try:
-            result = compiled(z, *rows)
+            result = compiled(z, rows)
         except Exception as error:  # the compiler's own errors have no common base
-            plainly = plain(z, *rows)  # an error of the user's field is raised here
+            plainly = plain(z, rows)  # an error of the user's field is raised here
             warnings.warn(
                 f"sd.Compiled: torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0][:200]}), so "
                 "the loop runs uncompiled. It needs a C++ compiler (g++) on this machine.",
@@ -127,18 +128,10 @@ def step_chunk(drift: Any, diffusion: AbstractDiffusion, solver: AbstractKernel)
     """Some steps in a row, for diagonal noise and a diagonal message or none."""
     bound = hasattr(drift, "from_contribution")
 
-    def run(
-        z: Tensor,
-        t: Tensor,
-        dt: Tensor,
-        own: Tensor | None,
-        context: Tensor | None,
-        h: Tensor | None,
-        J: Tensor | None,
-        eps: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def run(z: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        t, dt, own, context, h, J, eps = rows
         states, means, scales = [], [], []
-        for k in range(eps.shape[0]):
+        for k in range(0 if eps is None else eps.shape[0]):
             c, d = _row(own, k), _row(context, k)
             f = (
                 (lambda s, x, c=c: drift(s, x))
@@ -146,7 +139,7 @@ def step_chunk(drift: Any, diffusion: AbstractDiffusion, solver: AbstractKernel)
                 else (lambda s, x, c=c: _value(drift, s, x, c, bound))
             )
             a, G = solver.step(f, diffusion, _row(t, k), _row(dt, k), z, d)
-            xi = eps[k]
+            xi = _row(eps, k)
             if h is not None and J is not None:
                 p = 1 + G * G * J[k]
                 xi = G * (h[k] - J[k] * a) / p + xi / p.sqrt()

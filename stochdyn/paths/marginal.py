@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
 from stochdyn.errors import DiffusionError, GuideError
-from stochdyn.fields import AbstractDiffusion, evaluate
+from stochdyn.fields import AbstractDiffusion, ElementwiseField, evaluate
 from stochdyn.paths.chain import Chain, lift
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.message import Message
-from stochdyn.paths.noise import AbstractNoise, matvec
+from stochdyn.paths.noise import AbstractNoise, DiagonalNoise, matvec
 from stochdyn.paths.sde import SDEPath
 from stochdyn.paths.start import KnownStart, RandomStart
 
@@ -66,6 +66,18 @@ class Bridge:
         loc, slopes = (pick(self.loc[0]), pick(self.loc[1])), (pick(self.slopes[0]), pick(self.slopes[1]))
         rest = [pick(x) for x in (self.S0, self.S1, self.C, self.reference)]
         return Bridge(pick(self.start), pick(self.length), loc, slopes, *rest)
+
+    def repeat(self, times: int) -> "Bridge":
+        """Every gap so many times, one block of gaps after the other."""
+        if times == 1:
+            return self
+
+        def again(x: Tensor) -> Tensor:
+            return x.repeat(times, *[1] * (x.dim() - 1))
+
+        loc, slopes = (again(self.loc[0]), again(self.loc[1])), (again(self.slopes[0]), again(self.slopes[1]))
+        rest = [again(x) for x in (self.S0, self.S1, self.C, self.reference)]
+        return Bridge(again(self.start), again(self.length), loc, slopes, *rest)
 
     def mean(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The cubic through both ends with their slopes, and its derivative in time; w is (gap, *batch, 1)."""
@@ -202,8 +214,11 @@ class MarginalPath(dist.TorchDistribution):
         ends = (loc[:-1], loc[1:]), (slopes[..., 0, :], slopes[..., 1, :]), S[:-1], S[1:], C
         bare = Bridge(start, length, *ends, torch.zeros_like(C))
         half = torch.full_like(length, 0.5)
-        noise = self._noise(bare.time(half), bare.mean(half)[0])
-        return Bridge(start, length, *ends, noise.covariance())
+        # Where the noise depends on the state any reference makes a posterior, so it needs no gradient; a constant one
+        # is the prior's own.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.chain.diffusion.constant):
+            reference = self._noise(bare.time(half), bare.mean(half)[0]).covariance()
+        return Bridge(start, length, *ends, reference)
 
     def _context(self, t: Tensor) -> Tensor | None:
         """The prior's context at times (gap, *batch, 1): the row of the step that the time is in."""
@@ -228,54 +243,85 @@ class MarginalPath(dist.TorchDistribution):
 
     def drift_at(self, bridge: Bridge, w: Tensor, z: Tensor) -> Tensor:
         """The posterior's drift h at a fraction w of every gap, and states z there."""
-        solved = torch.linalg.inv(bridge.covariance(w)) @ (z - bridge.mean(w)[0])[..., None]
-        return self._posterior_drift(bridge, w, z, solved)
+        solved = (torch.linalg.inv(bridge.covariance(w)) @ (z - bridge.mean(w)[0])[..., None])[..., 0]
+        return self._posterior_drift(bridge, w, solved, *self._noise_and_divergence(bridge.time(w), z))
 
-    def _posterior_drift(self, bridge: Bridge, w: Tensor, z: Tensor, solved: Tensor) -> Tensor:
-        """`solved` is S^-1 (z - m)."""
-        h = bridge.mean(w)[1] + (bridge.pull(w) @ solved)[..., 0]
+    def _posterior_drift(
+        self, bridge: Bridge, w: Tensor, solved: Tensor, noise: AbstractNoise, divergence: Tensor | None
+    ) -> Tensor:
+        """h where S^-1 (z - m) is `solved`, g is `noise`, and gg' has this divergence."""
+        h = bridge.mean(w)[1] + matvec(bridge.pull(w), solved)
+        if not self.chain.diffusion.constant:
+            h = h - 0.5 * (noise.apply(noise.pull(solved)) - matvec(bridge.reference, solved))
+        return h if divergence is None else h + 0.5 * divergence
+
+    def _noise_and_divergence(self, t: Tensor, z: Tensor) -> tuple[AbstractNoise, Tensor | None]:
+        """g, and the divergence of gg', sum_j d(gg')_ij / dz_j; None where g does not depend on the state."""
         if self.chain.diffusion.constant:
-            return h
-        D, divergence = self._covariance_and_divergence(bridge.time(w), z)
-        return h + 0.5 * divergence - 0.5 * ((D - bridge.reference) @ solved)[..., 0]
-
-    def _covariance_and_divergence(self, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """gg' and its divergence, sum_j d(gg')_ij / dz_j."""
+            return self._noise(t, z), None
+        field = self.chain.diffusion.field
+        if isinstance(field, ElementwiseField) and field.closed_slope:
+            g, slope = field.with_slope(t.to(z.dtype), z)
+            return DiagonalNoise(g), 2 * g * slope
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             x = z if z.requires_grad else z.detach().requires_grad_()
-            D = self._noise(t, x).covariance()
-            divergence = _divergence(D, x, self.chain.diffusion)
-        return (D, divergence) if differentiable else (D.detach(), divergence.detach())
+            noise = self._noise(t, x)
+            divergence = _divergence(noise, x, self.chain.diffusion)
+        return noise, divergence if differentiable or divergence is None else divergence.detach()
 
     def path_kl(self, times: int = 1) -> Tensor:
         """An unbiased estimate of the divergence from the prior, (*batch): of the start, plus an integral over time.
 
+        In every gap the times are evenly spaced up to one random shift, and denser near the ends.
+
         Args:
-            times: random times per gap; denser near its ends.
+            times: random times per gap. With a few of them the noise falls faster than by averaging.
         """
-        bridge, total = self.bridge(), self._kl_start()
-        for k in range(times):
-            u = (k + torch.rand_like(bridge.length)) / times
-            turn = 2 * torch.pi * u
-            w, weight = u - _DENSER * turn.sin() / (2 * torch.pi), 1 - _DENSER * turn.cos()
-            total = total + ((bridge.length * weight)[..., 0] * self._rate(bridge, w)).sum(0) / times
-        return total
+        bridge = self.bridge()
+        shift = torch.rand_like(bridge.length)
+        u = torch.cat([(k + shift) / times for k in range(times)])
+        turn, tiny = 2 * torch.pi * u, torch.finfo(u.dtype).eps
+        w, weight = (
+            (u - _DENSER * turn.sin() / (2 * torch.pi)).clamp(tiny, 1 - tiny),
+            1 - _DENSER * turn.cos(),
+        )
+        many = bridge.repeat(times)
+        return self._kl_start() + ((many.length * weight)[..., 0] * self._rate(many, w)).sum(0) / times
 
     def _rate(self, bridge: Bridge, w: Tensor) -> Tensor:
-        """|g^-1 (f - h)|^2 / 2 at one draw of the marginals; 0 in gaps of length zero."""
+        """An unbiased estimate of E |g^-1 (f - h)|^2 / 2 at a time in every gap; 0 in gaps of length zero."""
         still = (bridge.length <= 0)[..., 0]
         S = bridge.covariance(w)
         unit = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         L = torch.linalg.cholesky(torch.where(still[..., None, None], unit, S))
         eps = torch.randn(L.shape[:-1], dtype=S.dtype, device=S.device)
         z = bridge.mean(w)[0] + matvec(L, eps)
-        h = self._posterior_drift(
-            bridge, w, z, torch.linalg.solve_triangular(L.mT, eps[..., None], upper=True)
-        )
-        t = bridge.time(w)
-        rate = 0.5 * self._noise(t, z).solve(self._drift(t, z) - h).square().sum(-1)
+        noise, divergence = self._noise_and_divergence(bridge.time(w), z)
+        if divergence is None:
+            rate = self._rate_of_pairs(bridge, w, L, eps, noise)
+        else:
+            solved = torch.linalg.solve_triangular(L.mT, eps[..., None], upper=True)[..., 0]
+            h = self._posterior_drift(bridge, w, solved, noise, divergence)
+            rate = 0.5 * noise.solve(self._drift(bridge.time(w), z) - h).square().sum(-1)
         return torch.where(still, torch.zeros_like(rate), rate)
+
+    def _rate_of_pairs(
+        self, bridge: Bridge, w: Tensor, L: Tensor, eps: Tensor, noise: AbstractNoise
+    ) -> Tensor:
+        """The same at m + L eps and m - L eps, for noise that does not depend on the state.
+
+        h = m' + A (z - m) then, and E |g^-1 A (z - m)|^2 is in closed form: it is what varies most in a short gap.
+        """
+        (m, velocity), t, pull = bridge.mean(w), bridge.time(w), bridge.pull(w)
+        if not self.chain.diffusion.constant:
+            pull = pull - 0.5 * (noise.covariance() - bridge.reference)
+        AL = torch.linalg.solve_triangular(L, pull.mT, upper=False).mT
+        shift, own = matvec(L, eps), noise.solve(matvec(AL, eps))
+        ahead, behind = self._drift(torch.cat([t, t]), torch.cat([m + shift, m - shift])).chunk(2)
+        ahead, behind = noise.solve(ahead - velocity), noise.solve(behind - velocity)
+        squares = 0.25 * (ahead.square() + behind.square()) - 0.5 * (ahead - behind) * own
+        return squares.sum(-1) + 0.5 * torch.linalg.solve(noise.factor(), AL).square().sum((-1, -2))
 
     def _kl_start(self) -> Tensor:
         start = self.chain.start
@@ -326,7 +372,8 @@ class MarginalPath(dist.TorchDistribution):
         with torch.enable_grad():
             z = m if m.requires_grad else m.detach().requires_grad_()
             f = self._drift(t, z)
-            F = torch.stack([_grad(f[..., d].sum(), z) for d in range(z.shape[-1])], -2)
+            rows = [_grad(f[..., d].sum(), z) for d in range(z.shape[-1])]
+            F = torch.stack([torch.zeros_like(z) if row is None else row for row in rows], -2)
         return (f, F) if differentiable else (f.detach(), F.detach())
 
     def _first_message(self) -> tuple[Tensor, Tensor]:
@@ -365,21 +412,27 @@ def _front(x: Tensor, tail: int, batch: torch.Size) -> Tensor:
     return x.expand(x.shape[0], *batch, *x.shape[x.dim() - tail :])
 
 
-def _grad(value: Tensor, z: Tensor) -> Tensor:
+def _grad(value: Tensor, z: Tensor) -> Tensor | None:
+    """None where the value does not depend on z."""
     if not value.requires_grad:
-        return torch.zeros_like(z)
-    out = torch.autograd.grad(value, z, create_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(z) if out is None else out
+        return None
+    return torch.autograd.grad(value, z, create_graph=True, allow_unused=True)[0]
 
 
-def _divergence(D: Tensor, z: Tensor, diffusion: AbstractDiffusion) -> Tensor:
+def _divergence(noise: AbstractNoise, z: Tensor, diffusion: AbstractDiffusion) -> Tensor | None:
     size = range(z.shape[-1])
-    if diffusion.diagonal and getattr(diffusion.field, "elementwise", False):
-        return _grad(D.diagonal(dim1=-2, dim2=-1).sum(), z)
-    if diffusion.diagonal:
-        return torch.stack([_grad(D[..., i, i].sum(), z)[..., i] for i in size], -1)
-    rows = [sum(_grad(D[..., i, j].sum(), z)[..., j] for j in size) for i in size]
-    return torch.stack(rows, -1)  # type: ignore
+    if isinstance(noise, DiagonalNoise):
+        square = noise.scale.square()
+        if getattr(diffusion.field, "elementwise", False):
+            return _grad(square.sum(), z)
+        rows = [[(_grad(square[..., i].sum(), z), i)] for i in size]
+    else:
+        D = noise.covariance()
+        rows = [[(_grad(D[..., i, j].sum(), z), j) for j in size] for i in size]
+    if all(grad is None for row in rows for grad, _ in row):
+        return None
+    zero = z.new_zeros(z.shape[:-1])
+    return torch.stack([sum((g[..., j] for g, j in row if g is not None), zero) for row in rows], -1)
 
 
 def _clipped(J: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def simulated(q, steps=2000, draws=4000, divergence=True):
         drift = q.drift_at(bridge, w, z)
         if not divergence:
             with torch.no_grad():
-                drift = drift - 0.5 * q._covariance_and_divergence(bridge.time(w), z)[1]
+                drift = drift - 0.5 * q._noise_and_divergence(bridge.time(w), z)[1]
         noise = q._noise(bridge.time(w), z)
         z = (z + drift * h + noise.apply(torch.randn_like(z)) * math.sqrt(h)).detach()
     return z[0], bridge
@@ -126,7 +126,7 @@ class TestLaw:
         torch.manual_seed(0)
 
         def g(t, z):
-            a = 0.4 + 0.2 * torch.tanh(z[..., 0])
+            a = 1.0 + 0.8 * torch.tanh(3 * z[..., 0] - 3 * z[..., 1])
             return torch.stack([torch.stack([a, 0.1 * z[..., 1].cos()], -1), torch.stack([0 * a, a], -1)], -2)
 
         path = prior(diffusion=sd.MatrixDiffusion(g))

@@ -1,0 +1,225 @@
+"""The bound without simulation: against the exact evidence in continuous time, and what it costs."""
+
+import math
+import time
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import stochdyn as sd
+from tests.models import (
+    F64,
+    elbos,
+    mean_and_error,
+    observe,
+    ou,
+    ou_evidence,
+    ou_path,
+    ou_series,
+    rotating,
+    rotating_evidence,
+    rotating_series,
+)
+from tests.problems import OU
+
+
+def continuous_evidence(batch, noise=OU["noise"]):
+    """The log evidence of every series with the exact transitions of the OU process."""
+    theta, mu, sigma = OU["theta"], OU["mu"], OU["sigma"]
+    out = []
+    for times, values, seen in zip(
+        batch.times.expand(len(batch), -1), batch.values[..., 0], batch.mask[..., 0], strict=True
+    ):
+        m, P, before, total = mu, sigma**2 / (2 * theta), None, 0.0
+        for t, y, s in zip(times.tolist(), values.tolist(), seen.tolist(), strict=True):
+            keep = math.exp(-theta * (t - before)) if before is not None else 1.0
+            m, P = mu + (m - mu) * keep, P * keep**2 + sigma**2 * (1 - keep**2) / (2 * theta)
+            before = t
+            if s:
+                S, r = P + noise**2, y - m
+                total += -0.5 * (r * r / S + math.log(2 * math.pi * S))
+                m, P = m + P / S * r, P - P * P / S
+        out.append(total)
+    return torch.tensor(out, dtype=F64)
+
+
+def estimate(model, guide, batch, draws=60, **options):
+    pyro.set_rng_seed(0)
+    with torch.no_grad():
+        values = [
+            -sd.PathELBO(times=5, particles=20, **options).loss(model, guide, batch) for _ in range(draws)
+        ]
+    return mean_and_error(torch.stack(values))
+
+
+BATCH = ou_series(3, torch.arange(12, dtype=F64) * 0.3, seed=1, hold=[(0, 3), (0, 11), (1, 5)])
+
+
+def test_the_exact_evidence_by_another_route():
+    """With ever finer steps the discretised evidence gets there."""
+    fine = ou_evidence(BATCH, substeps=100)
+    torch.testing.assert_close(continuous_evidence(BATCH), fine, rtol=1e-3, atol=1e-2)
+
+
+def train(model, batch, steps=1000, **options):
+    guide = sd.AmortizedGuide(model, paths=sd.Marginals())
+    objective = sd.PathELBO(times=2, particles=8)
+    return sd.fit(model, guide, batch, objective=objective, steps=steps, lr=0.05, progress=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spacing", [0.1, 0.5])
+@pytest.mark.parametrize("noise", [0.05, 0.2])
+def test_reaches_the_continuous_evidence(spacing, noise):
+    """Within .005 nat per observation, and not above; marginals that are smooth through the knots lose far more."""
+
+    def model(batch):
+        grid = sd.TimeGrid(batch.times)
+        with batch.plate("series"):
+            observe(
+                grid, pyro.sample("z", ou_path(grid.ts, OU["theta"], OU["mu"], OU["sigma"])), batch, noise
+            )
+
+    points = 40
+    torch.manual_seed(2)
+    times = torch.arange(points, dtype=F64) * spacing
+    fine = sd.TimeGrid(times, substeps=50)
+    x = fine.observed(ou_path(fine.ts, OU["theta"], OU["mu"], OU["sigma"]).sample((1,)))
+    batch = sd.Series(times, x + noise * torch.randn_like(x))
+    fit = train(model, batch, steps=2500)
+    value, error = estimate(model, fit.guide, batch)
+    exact = float(continuous_evidence(batch, noise).sum())
+    assert value < exact + 4 * error
+    assert (exact - value) / points < 0.005 + 4 * error / points
+
+
+def test_trained_on_ragged_series_with_holes():
+    fit = train(ou, BATCH)
+    value, error = estimate(ou, fit.guide, BATCH)
+    exact = float(continuous_evidence(BATCH).sum())
+    assert value < exact + 4 * error
+    assert exact - value < 0.02 * int(BATCH.mask.sum())
+    untrained = sd.AmortizedGuide(ou, paths=sd.Marginals())
+    assert estimate(ou, untrained, BATCH)[0] < exact - 10
+
+
+def test_the_same_guide_is_simulated_elsewhere():
+    """Trained without a solver, it guides the path on a grid: the ELBO there is near the grid's evidence."""
+    fit = train(ou, BATCH)
+    on_grid, error = mean_and_error(elbos(ou, fit.guide.eval(), BATCH, draws=200))
+    exact = float(ou_evidence(BATCH).sum())
+    assert on_grid < exact + 4 * error
+    assert exact - on_grid < 1.0
+    evidence = sd.evidence(fit, BATCH, particles=200)
+    torch.testing.assert_close(
+        evidence.total.double(), torch.tensor(exact, dtype=F64), rtol=0, atol=0.2
+    )
+    smoothed = sd.predict(fit, BATCH, draws=50)
+    assert smoothed.states.shape == (50, 3, 12, 1)
+
+
+def test_an_encoder_learns_series_that_it_never_saw():
+    train_set = ou_series(64, torch.arange(8, dtype=F64) * 0.3, seed=3)
+    fresh = ou_series(32, torch.arange(8, dtype=F64) * 0.3, seed=4)
+    guide = sd.AmortizedGuide(ou, sd.GRUEncoder(1, hidden=16).double(), paths=sd.Marginals(), hidden=16)
+    before = estimate(ou, guide, fresh, draws=10)[0]
+    objective = sd.PathELBO(particles=2)
+    sd.fit(ou, guide, train_set, objective=objective, steps=400, batch_size=32, lr=1e-2, progress=False)
+    after, error = estimate(ou, guide.eval(), fresh, draws=10)
+    exact = float(continuous_evidence(fresh).sum())
+    assert before < after < exact + 4 * error
+    assert exact - after < 0.3 * (exact - before)
+
+
+def test_other_latents_enter_as_in_the_elbo():
+    """A latent rate: its log p - log q is in the bound, and its gradient passes through the path's divergence."""
+
+    def model(batch):
+        theta = pyro.sample("theta", dist.LogNormal(torch.tensor(0.4, dtype=F64), 0.3))
+        grid = sd.TimeGrid(batch.times)
+        with batch.plate("series"):
+            observe(
+                grid, pyro.sample("z", ou_path(grid.ts, theta, OU["mu"], OU["sigma"])), batch, OU["noise"]
+            )
+
+    guide = sd.AmortizedGuide(model, paths=sd.Marginals())
+    sd.PathELBO(particles=3).loss(model, guide, BATCH).backward()
+    for name, parameter in guide.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all()
+    assert guide.joint.loc.grad.abs() > 0
+
+
+def test_minibatches_are_unbiased():
+    fit = train(ou, BATCH, steps=50)
+    whole, error = estimate(ou, fit.guide, BATCH)
+    parts = [estimate(ou, fit.guide, BATCH[[i]]) for i in range(3)]
+    mean, errors = (sum(p[k] for p in parts) / 3 for k in (0, 1))
+    assert abs(mean - whole) < 4 * math.hypot(error, errors)
+
+
+def test_kl_weight_and_seed():
+    losses = [
+        train(ou, BATCH, steps=20, seed=s, kl_weight=w).losses for s, w in ((1, 1.0), (1, 1.0), (1, 0.5))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_cost_does_not_grow_with_the_grid():
+    """A gradient step on a grid ten times finer; the simulated one is the control."""
+    batch = ou_series(32, torch.arange(20, dtype=F64) * 0.3, seed=5)
+
+    def seconds(substeps, objective, rounds=5):
+        def model(b):
+            return ou(b, substeps=substeps)
+
+        guide = sd.AmortizedGuide(model, sd.GRUEncoder(1, hidden=8).double(), paths=sd.Marginals(), hidden=8)
+        objective.loss(model, guide, batch)
+        out = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            objective.loss(model, guide, batch).backward()
+            out.append(time.perf_counter() - started)
+        return min(out)
+
+    with pyro.validation_enabled(False):
+        coarse, fine = seconds(10, sd.PathELBO(), 15), seconds(100, sd.PathELBO(), 15)
+        assert fine < 1.3 * coarse
+        assert seconds(40, sd.ELBO(), 2) > 2 * seconds(10, sd.ELBO(), 2)
+
+
+class TestRefused:
+    def test_a_guide_by_messages(self):
+        guide = sd.AmortizedGuide(ou)
+        with pytest.raises(sd.GuideError, match=r"gives path 'z' by simulation. Use sd.AmortizedGuide"):
+            sd.PathELBO().loss(ou, guide, BATCH)
+
+    def test_a_guide_without_paths(self):
+        def model():
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+        with pytest.raises(sd.GuideError, match="has no path by marginals"):
+            sd.PathELBO().loss(model, model)
+
+    def test_other_data_without_an_encoder(self):
+        fit = train(ou, BATCH, steps=3)
+        with pytest.raises(sd.GuideError, match="knows only the series that it was trained on"):
+            sd.PathELBO().loss(ou, fit.guide.eval(), ou_series(3, BATCH.times, seed=9))
+
+    @pytest.mark.parametrize("options", [{"times": 0}, {"particles": 0}])
+    def test_numbers(self, options):
+        with pytest.raises(sd.FitError, match="must be at least 1"):
+            sd.PathELBO(**options)
+
+
+@pytest.mark.slow
+def test_rotation_is_in_reach():
+    """Two turning coordinates, one of them seen: the coupling of a gap's ends is not symmetric."""
+    batch = rotating_series(1, torch.arange(30, dtype=F64) * 0.2)
+    fit = train(rotating, batch, steps=2500)
+    value, error = estimate(rotating, fit.guide, batch)
+    fine = float(rotating_evidence(batch, substeps=100).sum())
+    assert value < fine + 4 * error + 0.05
+    assert (fine - value) / 30 < 0.02 + 4 * error / 30
