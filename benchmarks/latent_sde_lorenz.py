@@ -1,10 +1,10 @@
 """How fast a latent SDE trains: stochdyn against torchsde (and JAX where it is installed), in one process.
 
-The problem is torchsde's own latent-SDE example: the stochastic Lorenz attractor, 100 observations of three channels
-on [0, 2], latent size 4, context 64, networks of width 128, 200 Euler steps.
+The problem is that of torchsde's own latent-SDE example: the stochastic Lorenz attractor, 100 observations of three
+channels on [0, 2], latent size 4, context 64, networks of width 128, 200 Euler steps.
 
     python benchmarks/latent_sde_lorenz.py                    # everything, about an hour on two cores
-    python benchmarks/latent_sde_lorenz.py --quick            # batch 64, step ratios only, under a minute
+    python benchmarks/latent_sde_lorenz.py --quick            # batch 64, steps and memory only, under a minute
     python benchmarks/latent_sde_lorenz.py --json out.json    # the figures as flat keys
 
 Ratios are the peer's time (or memory) over ours: more is better. The rows "control" are like for like: the same
@@ -14,12 +14,13 @@ posterior drift. Times are medians over rounds in which all contenders take turn
 
 import argparse
 import json
-import resource
+import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyro
@@ -29,60 +30,102 @@ from torch import Tensor, nn
 
 import stochdyn as sd
 
-SIZES = {"data": 3, "latent": 4, "context": 64, "hidden": 128}
-NOISE, TIMES = 0.01, torch.linspace(0, 2, 100)
-STEPS_OF_PEER, CHECK_EVERY, HELD_OUT = 500, 25, 256
+NOISE, CHECK_EVERY, DRAWS, PATIENCE = 0.01, 25, 4, 2.0
 Take = Callable[[], None]
 
 
-def lorenz(series: int, seed: int) -> Tensor:
+@dataclass(frozen=True)
+class Sizes:
+    """Of the problem, and of the data to reach an ELBO on; `tiny` keeps the names of the figures."""
+
+    hidden: int = 128
+    context: int = 64
+    latent: int = 4
+    points: int = 100
+    train: int = 1024
+    held_out: int = 256
+    series: int = 64
+    many: int = 1024
+
+    @property
+    def ts(self) -> Tensor:
+        return torch.linspace(0, 2, 100)[: self.points]
+
+    def peer(self) -> TorchSDE:
+        return TorchSDE(3, self.latent, self.context, self.hidden, NOISE)
+
+
+TINY = Sizes(hidden=8, context=4, points=6, train=16, held_out=8, series=4, many=8)
+
+
+@torch.no_grad()
+def lorenz(sizes: Sizes, series: int, seed: int, fine: int = 20) -> Tensor:
     """(time, series, channel): sigma 10, rho 28, beta 8/3, noise .15 on every state; standardised, then noise .01."""
     generator = torch.Generator().manual_seed(seed)
-    z, rows, fine = torch.randn(series, 3, generator=generator), [], 20
-    for k in range(len(TIMES)):
-        rows.append(z)
-        h = 2.0 / (len(TIMES) - 1) / fine
-        for _ in range(fine if k + 1 < len(TIMES) else 0):
+    z, h = torch.randn(series, 3, generator=generator), float(sizes.ts[1]) / fine
+    rows = [z]
+    for _ in range(sizes.points - 1):
+        for _ in range(fine):
             x, y, w = z.unbind(-1)
             drift = torch.stack([10 * (y - x), x * (28 - w) - y, x * y - 8 / 3 * w], -1)
-            z = z + drift * h + 0.15 * h**0.5 * torch.randn(z.shape, generator=generator)
-    xs = torch.stack(rows)
-    xs = (xs - xs.mean((0, 1))) / xs.std((0, 1))
-    return xs + NOISE * torch.randn(xs.shape, generator=generator)
+            z = z + drift * h + 0.15 * math.sqrt(h) * torch.randn(z.shape, generator=generator)
+        rows.append(z)
+    return torch.stack(rows)
 
 
-def series_of(xs: Tensor) -> sd.Series:
-    return sd.Series(TIMES, xs.transpose(0, 1).contiguous())
+def standardised(xs: Tensor, like: Tensor, seed: int) -> Tensor:
+    """In the units of `like`, observed with noise."""
+    xs = (xs - like.mean((0, 1))) / like.std((0, 1))
+    return xs + NOISE * torch.randn(xs.shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def series_of(sizes: Sizes, xs: Tensor) -> sd.Series:
+    return sd.Series(sizes.ts, xs.transpose(0, 1).contiguous())
 
 
 # Ours.
 
-PATHS = {
-    "control": lambda hidden: sd.PosteriorDrift(hidden=(hidden, hidden), context=SIZES["context"]),
-    "messages": lambda hidden: sd.FreeMessage(rank=0),
-    "messages, full": lambda hidden: sd.FreeMessage(),
-    "marginals": lambda hidden: sd.Marginals(),
+
+@dataclass(frozen=True)
+class Guide:
+    """How our guide is made and trained; `lr` is for the time to an ELBO."""
+
+    paths: Callable[[Sizes], object]
+    bound: sd.AbstractObjective = sd.ELBO()
+    lr: float = 1e-2
+
+
+GUIDES = {
+    "control": Guide(
+        lambda s: sd.PosteriorDrift(hidden=(s.hidden, s.hidden), context=s.context),
+        sd.ELBO(estimator=sd.AnalyticKL()),
+    ),
+    "messages": Guide(lambda s: sd.FreeMessage(rank=0)),
+    "messages, full": Guide(lambda s: sd.FreeMessage()),
+    "marginals": Guide(lambda s: sd.Marginals(), sd.PathELBO()),
 }
-OBJECTIVES = {"control": sd.ELBO(estimator=sd.AnalyticKL()), "marginals": sd.PathELBO()}
 
 
-def ours(kind: str, loop: sd.Compiled | None = None) -> sd.LatentSDE:
-    hidden = SIZES["hidden"]
-    decoder = sd.NormalDecoder(nn.Linear(SIZES["latent"], 3), 3, scale=NOISE, learned=False)
+def ours(sizes: Sizes, kind: str, loop: sd.Compiled | None = None) -> sd.LatentSDE:
+    decoder = sd.NormalDecoder(nn.Linear(sizes.latent, 3), 3, scale=NOISE, learned=False)
+    paths = GUIDES[kind].paths(sizes)
     return sd.LatentSDE(
-        3, SIZES["latent"], hidden=hidden, substeps=2, decoder=decoder, paths=PATHS[kind](hidden), loop=loop
+        3, sizes.latent, hidden=sizes.hidden, substeps=2, decoder=decoder, paths=paths, loop=loop
     )
 
 
-def objective(kind: str) -> sd.AbstractObjective:
-    return OBJECTIVES.get(kind, sd.ELBO())
+def learned(model: sd.LatentSDE) -> list[nn.Parameter]:
+    return [*model.parameters(), *model.guide.parameters()]
 
 
-def taker(model: sd.LatentSDE, kind: str, batch: sd.Series) -> Take:
-    bound = objective(kind)
+def our_taker(model: sd.LatentSDE, kind: str, batch: sd.Series) -> Take:
+    bound = GUIDES[kind].bound
+    with pyro.validation_enabled(False):
+        model.guide(batch)
+    parameters = learned(model)
 
     def take() -> None:
-        for parameter in [*model.parameters(), *model.guide.parameters()]:
+        for parameter in parameters:
             parameter.grad = None
         with pyro.validation_enabled(False):
             (bound.loss(model, model.guide, batch) / len(batch)).backward()
@@ -90,150 +133,176 @@ def taker(model: sd.LatentSDE, kind: str, batch: sd.Series) -> Take:
     return take
 
 
-def peer_taker(peer: TorchSDE, xs: Tensor) -> Take:
+def peer_taker(peer: TorchSDE, xs: Tensor, ts: Tensor) -> Take:
     def take() -> None:
         peer.zero_grad(set_to_none=True)
-        (-peer.elbo(xs, TIMES).mean()).backward()
+        (-peer.elbo(xs, ts).mean()).backward()
 
     return take
+
+
+def taker(sizes: Sizes, name: str, series: int, loop: sd.Compiled | None = None) -> Take:
+    """The gradient step of a contender on some series."""
+    xs = lorenz(sizes, series, seed=0)
+    xs = standardised(xs, xs, seed=0)
+    if name == "torchsde":
+        return peer_taker(sizes.peer(), xs, sizes.ts)
+    return our_taker(ours(sizes, name, loop), name, series_of(sizes, xs))
 
 
 # Time per gradient step.
 
 
-def interleaved(takers: dict[str, Take], rounds: int) -> dict[str, float]:
+def interleaved(takers: dict[str, Take], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median seconds of each; the first call of each is not counted."""
     spent: dict[str, list[float]] = {name: [] for name in takers}
     for take in takers.values():
         take()
     for _ in range(rounds):
         for name, take in takers.items():
-            started = time.perf_counter()
+            started = clock()
             take()
-            spent[name].append(time.perf_counter() - started)
+            spent[name].append(clock() - started)
     return {name: statistics.median(times) for name, times in spent.items()}
 
 
-def steps(batch: int, rounds: int, compiled: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds per gradient step, and seconds spent compiling."""
-    xs = lorenz(batch, seed=0)
-    data, sizes = series_of(xs), tuple(SIZES.values())
-    takers = {"torchsde": peer_taker(TorchSDE(*sizes, NOISE), xs)}
-    takers |= {kind: taker(ours(kind), kind, data) for kind in PATHS}
-    loops = {f"{kind}, compiled": sd.Compiled(chunk=10) for kind in ("control", "messages") if compiled}
-    for name, loop in loops.items():
-        kind = name.removesuffix(", compiled")
-        takers[name] = taker(ours(kind, loop), kind, data)
-    jax = jax_or_none()
+def steps(
+    sizes: Sizes, series: int, rounds: int, compiled: list[str], clock: Callable[[], float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds per gradient step, and seconds of first calls where something is compiled."""
+    takers = {name: taker(sizes, name, series) for name in ("torchsde", *GUIDES)}
+    loops = {kind: sd.Compiled(chunk=10) for kind in compiled}
+    for kind, loop in loops.items():
+        takers[f"{kind}, compiled"] = taker(sizes, kind, series, loop)
+    jax = jax_or_none(torch.get_num_threads())
+    first: dict[str, float] = {}
     if jax is not None:
-        takers["jax"] = JaxScan(jax, xs, TIMES, sizes, NOISE).take  # type: ignore[arg-type]
-    seconds = interleaved(takers, rounds)
-    return seconds, {name: loop.seconds for name, loop in loops.items()}
+        xs = lorenz(sizes, series, seed=0)
+        scan = JaxScan(jax, standardised(xs, xs, seed=0), sizes.ts, sizes.peer())
+        takers["jax"] = scan.take
+    for name in [name for name in takers if name == "jax" or name.endswith("compiled")]:
+        started = time.perf_counter()
+        takers[name]()
+        first[name] = time.perf_counter() - started
+    return interleaved(takers, rounds, clock), first
 
 
 # Time to an ELBO.
 
 
-@torch.no_grad()
-def held_out(model: sd.LatentSDE, kind: str, batch: sd.Series, draws: int = 4) -> float:
-    """The bound per held-out series; marginals are simulated on the grid, so that all bounds are of one kind."""
-    bound = sd.ELBO() if kind == "marginals" else objective(kind)
-    model.guide.eval()
-    values = [-float(bound.loss(model, model.guide, batch)) / len(batch) for _ in range(draws)]
-    model.guide.train()
-    return statistics.fmean(values)
-
-
-def batches(train: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+def batches(size: int, of: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield torch.randperm(train.shape[1], generator=generator)[:size]
+        yield torch.randperm(of, generator=generator)[:size]
 
 
-def peer_run(train: Tensor, test: Tensor, seed: int, count: int) -> tuple[float, float]:
-    """Seconds of its steps, and the held-out ELBO at the end."""
+def peer_run(sizes: Sizes, train: Tensor, test: Tensor, seed: int, count: int) -> tuple[float, float]:
+    """Seconds of the peer's steps, and its held-out ELBO at the end; lr 1e-2, times .997 after every step."""
     torch.manual_seed(seed)
-    peer, stream, spent = TorchSDE(*SIZES.values(), NOISE), batches(train, 64, seed), 0.0
+    peer, stream, spent = sizes.peer(), batches(sizes.series, train.shape[1], seed), 0.0
     adam = torch.optim.Adam(peer.parameters(), lr=1e-2)
     decay = torch.optim.lr_scheduler.ExponentialLR(adam, 0.997)
     for _ in range(count):
         xs = train[:, next(stream)]
         started = time.perf_counter()
         adam.zero_grad()
-        (-peer.elbo(xs, TIMES).mean()).backward()
+        (-peer.elbo(xs, sizes.ts).mean()).backward()
         adam.step()
         decay.step()
         spent += time.perf_counter() - started
     with torch.no_grad():
-        return spent, statistics.fmean(float(peer.elbo(test, TIMES).mean()) for _ in range(4))
+        return spent, statistics.fmean(float(peer.elbo(test, sizes.ts).mean()) for _ in range(DRAWS))
 
 
-def seconds_to(kind: str, target: float, train: Tensor, test: Tensor, seed: int, limit: float) -> float:
+@torch.no_grad()
+def held_out(model: sd.LatentSDE, kind: str, batch: sd.Series) -> float:
+    """The bound per held-out series; marginals are simulated on the grid, so that all bounds are of one kind."""
+    bound = sd.ELBO() if kind == "marginals" else GUIDES[kind].bound
+    model.guide.eval()
+    values = [-float(bound.loss(model, model.guide, batch)) / len(batch) for _ in range(DRAWS)]
+    model.guide.train()
+    return statistics.fmean(values)
+
+
+def seconds_to(
+    sizes: Sizes, kind: str, target: float, train: sd.Series, test: sd.Series, seed: int, limit: float
+) -> float:
     """Seconds of our steps until the held-out bound passes the target; infinite past the limit."""
     torch.manual_seed(seed)
-    model, stream, spent, data = ours(kind), batches(train, 64, seed), 0.0, series_of(train)
-    fresh, bound = series_of(test), objective(kind)
-    model.guide(data[:64])
-    adam = torch.optim.Adam([*model.parameters(), *model.guide.parameters()], lr=1e-2)
+    model, bound, spent = ours(sizes, kind), GUIDES[kind].bound, 0.0
+    stream = batches(sizes.series, len(train), seed)
     with pyro.validation_enabled(False):
+        model.guide(train[: sizes.series])
+        adam = torch.optim.Adam(learned(model), lr=GUIDES[kind].lr)
         while spent < limit:
             for _ in range(CHECK_EVERY):
+                batch = train[next(stream)]
                 started = time.perf_counter()
                 adam.zero_grad()
-                (bound.loss(model, model.guide, data[next(stream)]) / 64).backward()
-                nn.utils.clip_grad_norm_([*model.parameters(), *model.guide.parameters()], 1e5)
+                (bound.loss(model, model.guide, batch) / len(batch)).backward()
                 adam.step()
                 spent += time.perf_counter() - started
-            if held_out(model, kind, fresh) > target:
+            if held_out(model, kind, test) > target:
                 return spent
-    return float("inf")
+    return math.inf
 
 
-def time_to_elbo(seeds: int, count: int) -> dict[str, float]:
-    """The peer's seconds over ours, by guide: medians over seeds."""
-    ratios: dict[str, list[float]] = {}
-    train, test = lorenz(1024, seed=1), lorenz(HELD_OUT, seed=2)
+def time_to_elbo(sizes: Sizes, seeds: int, count: int) -> dict[str, float]:
+    """The peer's seconds over ours, by guide: medians over seeds; 0 where the ELBO was not reached in time."""
+    ratios: dict[str, list[float]] = {kind: [] for kind in GUIDES}
+    raw = lorenz(sizes, sizes.train, seed=1)
+    train = standardised(raw, raw, seed=1)
+    test = standardised(lorenz(sizes, sizes.held_out, seed=2), raw, seed=2)
+    data, fresh = series_of(sizes, train), series_of(sizes, test)
+    print(f"\nseconds to torchsde's held-out ELBO after {count} steps (lr 1e-2, x .997 per step)")
     for seed in range(seeds):
-        spent, target = peer_run(train, test, seed, count)
-        print(
-            f"seed {seed}: torchsde reaches {target:.0f} nats per series after {count} steps, {spent:.0f} s",
-            flush=True,
-        )
-        for kind in ("messages", "messages, full", "marginals"):
-            own = seconds_to(kind, target, train, test, seed, limit=spent)
-            print(f"        {kind}: {own:.1f} s", flush=True)
-            ratios.setdefault(kind, []).append(spent / own)
+        spent, target = peer_run(sizes, train, test, seed, count)
+        print(f"  seed {seed}: torchsde {target:.0f} nats per series in {spent:.1f} s", flush=True)
+        for kind, guide in GUIDES.items():
+            own = seconds_to(sizes, kind, target, data, fresh, seed, limit=PATIENCE * spent)
+            ratios[kind].append(spent / own)
+            note = f"{own:8.1f} s" if own < math.inf else f"not within {PATIENCE * spent:.1f} s"
+            print(f"    {kind:<20} lr {guide.lr:g} {note:>12}   ratio {spent / own:.2f}", flush=True)
     return {kind: statistics.median(values) for kind, values in ratios.items()}
 
 
 # Memory, in a process of its own.
 
 
-def memory_of(name: str, batch: int) -> float:
-    """Largest resident set in MiB of a process that takes three gradient steps."""
-    command = [sys.executable, __file__, "--memory", name, "--batch", str(batch)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def memory_of(name: str, series: int, tiny: bool) -> float:
+    """Largest resident set in MiB of a process of its own that takes three gradient steps."""
+    command = [sys.executable, __file__, "--memory", name, "--series", str(series), *["--tiny"] * tiny]
+    command += ["--threads", str(torch.get_num_threads())]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
-def memory_here(name: str, batch: int) -> None:
-    xs = lorenz(batch, seed=0)
-    peer = name == "torchsde"
-    take = (
-        peer_taker(TorchSDE(*SIZES.values(), NOISE), xs) if peer else taker(ours(name), name, series_of(xs))
-    )
+def memory_here(sizes: Sizes, name: str, series: int) -> None:
+    take = taker(sizes, name, series)
     for _ in range(3):
         take()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(resident_peak())
+
+
+def resident_peak() -> float:
+    """In MiB. On Linux from /proc: `getrusage` there counts the process that started this one too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        row = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return int(row.split()[1]) / 1024
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # The report.
 
 
-def report(batch: int, seconds: dict[str, float], compiling: dict[str, float]) -> dict[str, float]:
+def report(batch: int, seconds: dict[str, float], first: dict[str, float]) -> dict[str, float]:
     print(f"\nbatch {batch}, {torch.get_num_threads()} threads: seconds per gradient step, ratio to torchsde")
     for name, value in seconds.items():
-        note = f"   (compiled in {compiling[name]:.0f} s)" if name in compiling else ""
-        print(f"  {name:<22} {value:8.3f} {seconds['torchsde'] / value:6.2f}{note}")
+        note = f"   (first call {first[name]:.0f} s)" if name in first else ""
+        print(f"  {name:<20} {value:10.4f} {seconds['torchsde'] / value:7.2f}{note}")
     best = min(seconds[name] for name in ("control", "control, compiled") if name in seconds)
     messages = min(seconds[name] for name in seconds if name.startswith("messages"))
     found = {
@@ -241,48 +310,68 @@ def report(batch: int, seconds: dict[str, float], compiling: dict[str, float]) -
         f"message_ratio_torchsde_{batch}": seconds["torchsde"] / messages,
         f"marginal_ratio_torchsde_{batch}": seconds["torchsde"] / seconds["marginals"],
     }
+    if "control, compiled" in seconds:
+        found[f"step_ratio_torchsde_{batch}_uncompiled"] = seconds["torchsde"] / seconds["control"]
     if "jax" in seconds:
         found[f"step_ratio_jax_{batch}"] = seconds["jax"] / best
     return found
 
 
+def memory(sizes: Sizes, series: int, tiny: bool) -> dict[str, float]:
+    peak = {name: memory_of(name, series, tiny) for name in ("torchsde", *GUIDES)}
+    print(f"\nbatch {series}: largest resident set in MiB, ratio to torchsde")
+    for name, value in peak.items():
+        print(f"  {name:<20} {value:10.0f} {peak['torchsde'] / value:7.2f}")
+    return {"peak_memory_ratio": peak["torchsde"] / peak["control"]}
+
+
 def run(options: argparse.Namespace) -> dict[str, float]:
-    compiled = options.compile and not options.quick
-    found = report(64, *steps(64, 5 if options.quick else 15, compiled))
-    batch = 64 if options.quick else 1024
-    if not options.quick:
-        found |= report(1024, *steps(1024, 5, False))
-    peak = {name: memory_of(name, batch) for name in ("torchsde", "control")}
-    found["peak_memory_ratio"] = peak["torchsde"] / peak["control"]
-    print(
-        f"\npeak memory at batch {batch}: torchsde {peak['torchsde']:.0f} MiB, control {peak['control']:.0f} MiB"
-    )
-    if not options.quick:
-        ratios = time_to_elbo(options.seeds, options.steps)
-        found |= {f"time_to_elbo_ratio_{kind.replace(', ', '_')}": value for kind, value in ratios.items()}
+    sizes, quick = TINY if options.tiny else Sizes(), options.quick
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    compiled = ["control", "messages"] if options.compile else []
+    found = report(64, *steps(sizes, sizes.series, 3 if quick else options.rounds, compiled, clock))
+    if not quick:
+        found |= report(1024, *steps(sizes, sizes.many, max(options.rounds // 3, 1), compiled[:1], clock))
+    found |= memory(sizes, sizes.series if quick else sizes.many, options.tiny)
+    if not quick and options.seeds:
+        ratios = time_to_elbo(sizes, options.seeds, options.steps)
         found["time_to_elbo_ratio"] = max(ratios.values())
+        found |= {f"time_to_elbo_ratio_{kind.replace(', ', '_')}": value for kind, value in ratios.items()}
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="batch 64 alone, under a minute")
+    parser.add_argument("--quick", action="store_true", help="batch 64, steps and memory only")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--steps", type=int, default=STEPS_OF_PEER, help="of torchsde, to set the ELBO to reach"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="also compiled loops; default: unless --quick",
     )
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=int, default=64, help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, default=3, help="for the time to an ELBO; 0 leaves it out")
+    parser.add_argument("--steps", type=int, default=500, help="of torchsde, to set the ELBO to reach")
+    parser.add_argument("--rounds", type=int, default=15, help="of timing; a third of them at batch 1024")
+    parser.add_argument("--threads", type=int, help="of torch and JAX")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds of steps: for a busy machine"
+    )
+    for private in ("--memory", "--series"):
+        parser.add_argument(private, help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.compile is None:
+        options.compile = not options.quick
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
     if options.memory:
-        memory_here(options.memory, options.batch)
+        memory_here(TINY if options.tiny else Sizes(), options.memory, int(options.series))
         return
     found = run(options)
     print("\n" + "\n".join(f"{name:<36} {value:8.2f}" for name, value in found.items()))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The peers of `latent_sde_lorenz.py`: torchsde's example, and the same model as a JAX scan."""
 
 import math
+import os
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,7 @@ def net(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
 
 
 class TorchSDE(nn.Module):
-    """The latent SDE of torchsde's Lorenz example: `f` is the posterior's drift, `h` the prior's, `g` both's diffusion."""
+    """The latent SDE of torchsde's Lorenz example: `f` is the posterior's drift, `h` the prior's, `g` the diffusion."""
 
     sde_type, noise_type = "ito", "diagonal"
 
@@ -61,7 +62,11 @@ class TorchSDE(nn.Module):
         return seen - kl_divergence(q, Normal(self.loc, self.log_scale.exp())).sum(1) - ratio.sum(0)
 
 
-def jax_or_none() -> ModuleType | None:
+def jax_or_none(threads: int) -> ModuleType | None:
+    """JAX with as many threads as torch, if it is installed."""
+    os.environ["NPROC"] = str(threads)  # read once, when JAX first runs
+    if threads == 1:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     try:
         import jax
     except ImportError:
@@ -70,75 +75,86 @@ def jax_or_none() -> ModuleType | None:
 
 
 class JaxScan:
-    """The same networks and steps in JAX: jit, one scan over time, drifts fused with what is scored."""
+    """The same model in JAX: jit, one scan over time, the diffusion's nets at once; it starts from torch's weights."""
 
-    def __init__(
-        self, jax: Any, xs: Tensor, ts: Tensor, sizes: tuple[int, int, int, int], noise: float
-    ) -> None:
-        self.jax, self.np, self.noise = jax, jax.numpy, noise
-        data, latent, context, hidden = sizes
-        self.xs, self.latent, self.hidden = self.np.asarray(xs.numpy()), latent, hidden
+    def __init__(self, jax: Any, xs: Tensor, ts: Tensor, peer: TorchSDE) -> None:
+        self.jax, self.np, self.noise = jax, jax.numpy, peer.noise
+        self.xs = self.np.asarray(xs.numpy())
         steps = round(float(ts[-1]) / STEP)
         at = torch.searchsorted(ts, torch.arange(steps) * STEP + 1e-6, right=True).clamp(max=len(ts) - 1)
-        self.at, self.keep = self.np.asarray(at.numpy()), self.np.asarray((ts / STEP).round().long().numpy())
+        self.at, self.keep = (self.np.asarray(i.numpy()) for i in (at, (ts / STEP).round().long()))
+        self.parameters = jax.tree.map(lambda p: self.np.asarray(p.detach().numpy()), weights(peer))
         self.key = jax.random.PRNGKey(0)
-        shapes = {
-            "gru_i": (data, 3 * hidden), "gru_h": (hidden, 3 * hidden), "gru_b": (3 * hidden,), "ctx": (hidden, context),
-            "start": (context, 2 * latent), "f1": (latent + context, hidden), "f2": (hidden, hidden), "f3": (hidden, latent),
-            "h1": (latent, hidden), "h2": (hidden, hidden), "h3": (hidden, latent), "b": (4, hidden), "b3": (2, latent),
-            "g1": (latent, hidden), "gb": (latent, hidden), "g2": (latent, hidden), "p": (latent, data),
-            "loc": (latent,), "log_scale": (latent,),
-        }  # fmt: skip
-        keys = jax.random.split(self.key, len(shapes))
-        self.parameters = {
-            name: jax.random.uniform(k, shape, minval=-1, maxval=1) / math.sqrt(shape[0])
-            for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
         self.step = jax.jit(jax.value_and_grad(self.loss))
 
     def loss(self, P: dict[str, Any], key: Any) -> Any:
-        np, jax, nn_ = self.np, self.jax, self.jax.nn
+        np, jax = self.np, self.jax
+        context = (self._encoded(P["gru"]) @ P["context"][0] + P["context"][1])[::-1]
+        k0, k1 = jax.random.split(key)
+        mean, log_scale = np.split(context[0] @ P["start"][0] + P["start"][1], 2, 1)
+        z0 = mean + np.exp(log_scale) * jax.random.normal(k0, mean.shape)
+        eps = jax.random.normal(k1, (len(self.at), *z0.shape))
+        _, (zs, rate) = jax.lax.scan(lambda z, given: self._step(P, z, *given), z0, (context[self.at], eps))
+        zs = np.concatenate([z0[None], zs])[self.keep]
+        off = (self.xs - zs @ P["project"][0] - P["project"][1]) / self.noise
+        seen = -0.5 * off**2 - math.log(self.noise * math.sqrt(2 * math.pi))
+        kl = P["log_scale"] - log_scale - 0.5
+        kl += (np.exp(2 * log_scale) + (mean - P["loc"]) ** 2) / (2 * np.exp(2 * P["log_scale"]))
+        return -(seen.sum((0, 2)) - kl.sum(1) - rate.sum(0)).mean()
 
-        def gru(h: Any, x: Any) -> Any:
-            (r, z, n), (rh, zh, nh) = (
-                np.split(x @ P["gru_i"] + P["gru_b"], 3, 1),
-                np.split(h @ P["gru_h"], 3, 1),
-            )
-            r, z = nn_.sigmoid(r + rh), nn_.sigmoid(z + zh)
-            h = (1 - z) * np.tanh(n + r * nh) + z * h
+    def _encoded(self, P: tuple[Any, ...]) -> Any:
+        np, sigmoid = self.np, self.jax.nn.sigmoid
+        given, own, b_given, b_own = P
+
+        def cell(h: Any, x: Any) -> Any:
+            (r, z, n), (rh, zh, nh) = np.split(x, 3, 1), np.split(h @ own + b_own, 3, 1)
+            z = sigmoid(z + zh)
+            h = (1 - z) * np.tanh(n + sigmoid(r + rh) * nh) + z * h
             return h, h
 
-        series = self.xs.shape[1]
-        _, encoded = jax.lax.scan(gru, np.zeros((series, self.hidden)), self.xs[::-1])
-        context = (encoded @ P["ctx"])[::-1]
-        k0, k1 = jax.random.split(key)
-        mean, log_scale = np.split(context[0] @ P["start"], 2, 1)
-        z0 = mean + np.exp(log_scale) * jax.random.normal(k0, mean.shape)
-        eps = jax.random.normal(k1, (len(self.at), series, self.latent))
+        start = np.zeros((self.xs.shape[1], own.shape[0]))
+        return self.jax.lax.scan(cell, start, self.xs[::-1] @ given + b_given)[1]
 
-        def body(z: Any, given: Any) -> Any:
-            c, e = given
-            b = P["b"]
-            f = (
-                nn_.softplus(nn_.softplus(np.concatenate([z, c], 1) @ P["f1"] + b[0]) @ P["f2"] + b[1])
-                @ P["f3"]
-                + P["b3"][0]
-            )
-            h = nn_.softplus(nn_.softplus(z @ P["h1"] + b[2]) @ P["h2"] + b[3]) @ P["h3"] + P["b3"][1]
-            g = nn_.sigmoid((nn_.softplus(z[..., None] * P["g1"] + P["gb"]) * P["g2"]).sum(-1)) + 1e-3
-            z = z + f * STEP + g * math.sqrt(STEP) * e
-            return z, (z, 0.5 * (((f - h) / g) ** 2).sum(1) * STEP)
+    def _step(self, P: dict[str, Any], z: Any, context: Any, eps: Any) -> Any:
+        np, softplus = self.np, self.jax.nn.softplus
 
-        _, (zs, rate) = jax.lax.scan(body, z0, (context[self.at], eps))
-        zs = np.concatenate([z0[None], zs])[self.keep]
-        seen = -0.5 * ((self.xs - zs @ P["p"]) / self.noise) ** 2 - math.log(
-            self.noise * math.sqrt(2 * math.pi)
-        )
-        s = np.exp(P["log_scale"])
-        kl = P["log_scale"] - log_scale + (np.exp(2 * log_scale) + (mean - P["loc"]) ** 2) / (2 * s**2) - 0.5
-        return -(seen.sum((0, 2)) - kl.sum(1) - rate.sum(0)).mean()
+        def drift(layers: Any, x: Any) -> Any:
+            (a, b), (c, d), (e, f) = layers
+            return softplus(softplus(x @ a + b) @ c + d) @ e + f
+
+        f, h = drift(P["f"], np.concatenate([z, context], 1)), drift(P["h"], z)
+        (a, b), (c, d) = P["g"]
+        g = self.jax.nn.sigmoid((softplus(z[..., None] * a + b) * c).sum(-1) + d)
+        z = z + f * STEP + g * math.sqrt(STEP) * eps
+        return z, (z, 0.5 * (((f - h) / g) ** 2).sum(1) * STEP)
 
     def take(self) -> None:
         self.key, key = self.jax.random.split(self.key)
-        loss, gradient = self.step(self.parameters, key)
-        self.jax.block_until_ready(gradient)
+        self.jax.block_until_ready(self.step(self.parameters, key))
+
+
+def weights(peer: TorchSDE) -> dict[str, Any]:
+    """Of the torch model, inputs first; a linear layer is (weight, bias)."""
+
+    def linear(layer: Any) -> tuple[Tensor, Tensor]:
+        return layer.weight.t(), layer.bias
+
+    def layers(net: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
+        return [linear(layer) for layer in net if isinstance(layer, nn.Linear)]
+
+    nets = [layers(net) for net in peer.g_nets]
+    gru = peer.gru
+    return {
+        "gru": (gru.weight_ih_l0.t(), gru.weight_hh_l0.t(), gru.bias_ih_l0, gru.bias_hh_l0),
+        "context": linear(peer.to_context),
+        "start": linear(peer.start),
+        "f": layers(peer.f_net),
+        "h": layers(peer.h_net),
+        "g": [
+            (torch.cat([net[0][0] for net in nets]), torch.stack([net[0][1] for net in nets])),
+            (torch.stack([net[1][0][:, 0] for net in nets]), torch.cat([net[1][1] for net in nets])),
+        ],
+        "project": linear(peer.projector),
+        "loc": peer.loc[0],
+        "log_scale": peer.log_scale[0],
+    }

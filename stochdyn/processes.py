@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.errors import FieldError
-from stochdyn.fields import ElementwiseField, NeuralField
+from stochdyn.fields import AbstractDiffusion, ElementwiseField, NeuralField
 from stochdyn.paths import SDEPath
 from stochdyn.solvers import AbstractKernel, EulerMaruyama
 
@@ -62,9 +62,19 @@ class NeuralSDE(nn.Module):
         widths = (hidden, hidden) if isinstance(hidden, int) else tuple(hidden)
         self.state_dim, self.context_dim, self.solver = state_dim, context_dim, solver
         self.drift = drift or NeuralField(state_dim, hidden=widths, context_dim=context_dim, time=time)
-        self.diffusion = ElementwiseField(state_dim, widths[-1]) if diffusion is None else diffusion
+        self._set_diffusion(ElementwiseField(state_dim, widths[-1]) if diffusion is None else diffusion)
         self.start_loc = nn.Parameter(torch.zeros(state_dim))
         self.start_log_scale = nn.Parameter(torch.zeros(state_dim))
+
+    def _set_diffusion(self, diffusion: object) -> None:
+        if isinstance(diffusion, Tensor) and not isinstance(diffusion, nn.Parameter):
+            self.register_buffer("diffusion", diffusion)
+            return
+        self.diffusion = diffusion
+        if isinstance(diffusion, AbstractDiffusion) and isinstance(diffusion.field, nn.Module | nn.Parameter):
+            self.diffusion_field = (
+                diffusion.field
+            )  # a MatrixDiffusion is no module: its field is learned here
 
     def initial(self) -> dist.TorchDistribution:
         """The learned start."""

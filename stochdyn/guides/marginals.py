@@ -1,6 +1,6 @@
 """Guiding by marginals: simulation-free with `PathELBO`, by messages made of the same marginals elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,12 +52,15 @@ class Marginals(AbstractPathFamily):
 
 
 class KnotsOnly(Messenger):
-    """While it is active, guides give the values at the observation times and no more: `PathELBO` uses it."""
+    """While it is active, guides give the values at the observation times and no more: `PathELBO` uses it.
 
+    Args:
+        sampled: what to sample in place of the marginals themselves.
+    """
 
-def knots_only() -> bool:
-    """Whether a `KnotsOnly` is active."""
-    return any(isinstance(handler, KnotsOnly) for handler in _PYRO_STACK)
+    def __init__(self, sampled: Callable[[MarginalPath], MarginalPath] = lambda marginal: marginal) -> None:
+        super().__init__()
+        self.sampled = sampled
 
 
 class MarginalSite(nn.Module):
@@ -211,8 +214,8 @@ def _series(place: Place, run: "Run") -> Series:
 def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:
     """Where the knots are: the path's first time, and the times at which something is observed.
 
-    A series whose first observation is at its path's first time has one knot there, whatever the other series have: with
-    two at one time the start would be charged at the first, and the likelihood read off the second.
+    A series whose first observation is at its path's first time has one knot there, whatever the other series have:
+    with two at one time the start would be charged at the first, and the likelihood read off the second.
 
     Returns:
         times (series, knot), padded by repeats of the last; the position of each in the batch's times; for every time
@@ -236,4 +239,7 @@ def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:
 
 def in_use(marginal: MarginalPath) -> GuidedPath | MarginalPath:
     """The marginals themselves inside a `KnotsOnly`, else the path on the grid that they guide."""
-    return marginal if knots_only() else marginal.guided()
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, KnotsOnly):
+            return handler.sampled(marginal)
+    return marginal.guided()

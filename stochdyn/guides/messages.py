@@ -10,7 +10,7 @@ from stochdyn.paths import Message
 
 
 @dataclass(frozen=True)
-class AbstractPathFamily(ABC):
+class AbstractPathFamily:
     """How the path sites of a model are guided; a value that `AmortizedGuide` is given as `paths`."""
 
 

@@ -105,9 +105,11 @@ class Compiled:
         key = (*map(id, parts), tuple(z.shape), z.dtype, z.device, shapes, grad)
         if key in self._made:
             return self._made[key][0](z, rows)
-        compiled = torch.compile(plain, dynamic=False)
+        if self._broken:
+            return plain(z, rows)
         started = time.perf_counter()
         try:
+            compiled = torch.compile(plain, dynamic=False)
             result = compiled(z, rows)
         except Exception as error:  # the compiler's own errors have no common base
             plainly = plain(z, rows)  # an error of the user's field is raised here

@@ -259,10 +259,9 @@ class GuidedPath(dist.TorchDistribution):
             log_prob = self._score(value, None, None, chain)
             return ScoreParts(log_prob, 0, log_prob)
         if self.steered is not None:
-            context = self._score_context if self._score_context is not None else self.steered.own_context
-            chain = self.chain.steered(
-                frozen(self.steered.drift), None if context is None else context.detach()
-            )
+            own = self.steered.own_context
+            context = own.detach() if self._score_context is None and own is not None else self._score_context
+            chain = self.chain.steered(frozen(self.steered.drift), context)
         control = None if control is None else control.frozen()
         entropy_term = self._score(value, message, control, chain)
         return ScoreParts(entropy_term, 0, entropy_term)

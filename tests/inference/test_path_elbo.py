@@ -113,9 +113,7 @@ def test_the_same_guide_is_simulated_elsewhere():
     assert on_grid < exact + 4 * error
     assert exact - on_grid < 1.0
     evidence = sd.evidence(fit, BATCH, particles=200)
-    torch.testing.assert_close(
-        evidence.total.double(), torch.tensor(exact, dtype=F64), rtol=0, atol=0.2
-    )
+    torch.testing.assert_close(evidence.total.double(), torch.tensor(exact, dtype=F64), rtol=0, atol=0.2)
     smoothed = sd.predict(fit, BATCH, draws=50)
     assert smoothed.states.shape == (50, 3, 12, 1)
 
@@ -223,3 +221,79 @@ def test_rotation_is_in_reach():
     fine = float(rotating_evidence(batch, substeps=100).sum())
     assert value < fine + 4 * error + 0.05
     assert (fine - value) / 30 < 0.02 + 4 * error / 30
+
+
+def test_a_bound_also_where_only_some_series_start_before_their_first_observation():
+    """Two knots at the start of the others would make the start free: 2 nats above the evidence here."""
+    batch = ou_series(3, torch.arange(6, dtype=F64) * 0.3, seed=1, hold=[(0, 0)])
+    guide = sd.AmortizedGuide(ou, paths=sd.Marginals())
+    objective = sd.PathELBO(times=2, particles=4)
+    sd.fit(ou, guide, batch, objective=objective, steps=300, lr=0.1, progress=False)
+    value, error = estimate(ou, guide, batch, draws=20)
+    exact = float(continuous_evidence(batch).sum())
+    assert error < 0.3
+    assert exact - 1.0 < value < exact + 4 * error
+
+
+class TestWhatAModelReads:
+    """At observed times a path has values; anywhere else it has none, and a model that reads them is told."""
+
+    BATCH = ou_series(2, torch.arange(6, dtype=F64) * 0.3, seed=1, hold=[(0, 0), (1, 2)])
+
+    def check(self, read):
+        def model(batch):
+            grid = sd.TimeGrid(batch.times, substeps=4)
+            with batch.plate("series"):
+                z = pyro.sample("z", ou_path(grid.ts, OU["theta"], OU["mu"], OU["sigma"]))
+                observe(grid, z, batch, OU["noise"])
+                read(batch, grid, z)
+
+        guide = sd.AmortizedGuide(model, paths=sd.Marginals())
+        sd.fit(model, guide, self.BATCH, objective=sd.PathELBO(), steps=1, progress=False)
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda batch, grid, z: None,
+            lambda batch, grid, z: pyro.deterministic("seen", grid.observed(z)),
+            lambda batch, grid, z: pyro.factor("f", -(grid.observed(z[..., :1])[..., 1, 0] ** 2)),
+            lambda batch, grid, z: pyro.factor("f", -(grid.observed(z.exp()) * batch.mask).nansum((-1, -2))),
+        ],
+    )
+    def test_observed_times_are_there(self, read):
+        self.check(read)
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda batch, grid, z: pyro.factor("f", -z.square().mean((-1, -2))),
+            lambda batch, grid, z: pyro.factor("f", -(z[..., 0, 0] ** 2)),
+            lambda batch, grid, z: pyro.factor("f", -(z[..., 10, 0] ** 2)),
+            lambda batch, grid, z: pyro.factor("f", -(grid.observed(z)[..., 2, 0] ** 2)),
+            lambda batch, grid, z: pyro.sample(
+                "f", dist.Normal(z, 1.0).to_event(2), obs=torch.zeros(2, 21, 1, dtype=F64)
+            ),
+        ],
+        ids=["mean", "start", "between", "hole", "whole"],
+    )
+    def test_others_are_refused(self, read):
+        with pytest.raises(sd.GuideError, match=r"site 'f' reads the path at times without an observation"):
+            self.check(read)
+
+    def test_without_fit_an_error_of_shapes_is_explained(self):
+        def model(batch):
+            grid = sd.TimeGrid(batch.times, substeps=4)
+            with batch.plate("series"):
+                z = pyro.sample("z", ou_path(grid.ts, OU["theta"], OU["mu"], OU["sigma"]))
+                pyro.factor("f", z[..., 10, 0])
+
+        guide = sd.AmortizedGuide(model, paths=sd.Marginals())
+        with pytest.raises(sd.GuideError, match=r"grid.observed\(z\)"):
+            sd.PathELBO().loss(model, guide, self.BATCH)
+
+    def test_a_model_that_fails_by_itself_says_so(self):
+        def read(batch, grid, z):
+            raise RuntimeError("of its own")
+
+        with pytest.raises(RuntimeError, match="of its own"):
+            self.check(read)

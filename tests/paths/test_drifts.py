@@ -65,10 +65,13 @@ def test_the_context_is_prepared_once_for_all_steps(monkeypatch):
     assert calls == [c.shape]
 
 
-def test_an_error_names_the_drift():
+def test_an_unwritten_drift_is_named():
+    def unwritten(t, z, c):
+        raise NotImplementedError("later")
+
     t, z, c = inputs("timed")
-    with pytest.raises(sd.FieldError, match="drift"):
-        Drifts(lambda t, z: z, c, STEPS).one_by_one()[0](t[0], z[0])
+    with pytest.raises(sd.FieldError, match="The drift raised NotImplementedError: later"):
+        Drifts(unwritten, c, STEPS).one_by_one()[0](t[0], z[0])
 
 
 def test_in_time():

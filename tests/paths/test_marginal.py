@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -255,3 +256,54 @@ def test_float32_and_expand():
     assert q.rsample().shape == (4, 3, 2)
     assert q.path_kl(3).dtype == torch.float32
     assert q.rsample((5,)).shape == (5, 4, 3, 2)
+
+
+def rate_by_quadrature(q, A, nodes=48):
+    """The divergence of a linear prior dz = A z dt + g dW, its integral over time by Gauss-Legendre, no draws."""
+    x, weights = (torch.as_tensor(v, dtype=F64) for v in np.polynomial.legendre.leggauss(nodes))
+    bridge, total = q.bridge(), q._kl_start()
+    for w, weight in zip((x + 1) / 2, weights / 2, strict=True):
+        w = torch.full_like(bridge.length, float(w))
+        (m, velocity), S = bridge.mean(w), bridge.covariance(w)
+        g = q._noise(bridge.time(w), m).factor()
+        slope = torch.linalg.solve(g, A - torch.linalg.solve(S, bridge.pull(w).mT).mT)
+        gap = torch.linalg.solve(g, (m @ A.mT - velocity)[..., None])[..., 0]
+        rate = 0.5 * (gap.square().sum(-1) + (slope @ S @ slope.mT).diagonal(dim1=-2, dim2=-1).sum(-1))
+        total = total + weight * (bridge.length[..., 0] * rate).sum(0)
+    return total
+
+
+class TestEstimate:
+    """Of the divergence, against quadrature, for every way in which noise can be written."""
+
+    A = torch.tensor([[-0.5, 1.0], [-1.0, -0.5]], dtype=F64)
+    G = torch.tensor([[0.6, 0.2], [0.0, 0.5]], dtype=F64)
+
+    def path(self, diffusion):
+        return prior(lambda t, z: z @ self.A.mT, diffusion)
+
+    @pytest.mark.parametrize("times", [1, 4])
+    def test_noise_that_does_not_depend_on_the_state(self, times):
+        scale = torch.tensor([0.6, 0.5], dtype=F64)
+        for diffusion in (scale, lambda t, z: scale.expand(z.shape), sd.MatrixDiffusion(self.G)):
+            torch.manual_seed(0)
+            path = self.path(diffusion)
+            exact = rate_by_quadrature(marginal(path), self.A)
+            kl = marginal(path.expand((4000,))).path_kl(times)
+            assert within(kl, exact)
+            assert not within(kl, 1.1 * exact)
+
+    def test_noise_that_seems_to_depend_on_the_state(self):
+        """The general branch has the same mean."""
+        scale = torch.tensor([0.6, 0.5], dtype=F64)
+        exact = rate_by_quadrature(marginal(self.path(scale)), self.A)
+        torch.manual_seed(0)
+        kl = marginal(self.path(lambda t, z: scale + 0 * z).expand((4000,))).path_kl(4)
+        assert within(kl, exact)
+
+    def test_pairs_and_the_closed_form_have_less_noise_than_single_states(self):
+        scale = torch.tensor([0.6, 0.5], dtype=F64)
+        torch.manual_seed(0)
+        pairs = marginal(self.path(scale).expand((2000,))).path_kl(4)
+        single = marginal(self.path(lambda t, z: scale + 0 * z).expand((2000,))).path_kl(8)
+        assert pairs.std() < 0.6 * single.std()

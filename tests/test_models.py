@@ -1,0 +1,200 @@
+"""Ready models: they train under every family of paths, predict, copy and load."""
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+import stochdyn as sd
+
+FAMILIES = {
+    "diagonal": sd.FreeMessage(rank=0),
+    "full": sd.FreeMessage(),
+    "filter": sd.FilterMessage(refine=1),
+    "drift": sd.PosteriorDrift(hidden=(8,)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    yield
+    assert not list(pyro.get_param_store().keys())
+
+
+def waves(series=8, points=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.linspace(0, 2, points)
+    phase = 6 * torch.rand(series, 1, generator=generator)
+    clean = torch.stack([torch.sin(3 * times + phase), torch.cos(3 * times + phase)], -1)
+    values = clean + 0.1 * torch.randn(clean.shape, generator=generator)
+    mask = torch.rand(values.shape, generator=generator) > 0.2
+    mask[:, -1] = True
+    return sd.Series(times, values, mask=mask)
+
+
+def small(family="full", **options):
+    torch.manual_seed(1)
+    return sd.LatentSDE(obs_dim=2, state_dim=2, hidden=8, noise=0.5, paths=FAMILIES[family], **options)
+
+
+def loss_of(model, batch, draws=20):
+    torch.manual_seed(2)
+    with torch.no_grad():
+        return sum(Trace_ELBO().loss(model, model.guide, batch) for _ in range(draws)) / draws
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trains(family):
+    model, batch = small(family), waves()
+    model.guide(batch)
+    before, lost = copy.deepcopy(model), loss_of(model, batch)
+    fit = sd.fit(model, model.guide, batch, steps=60 if family != "filter" else 25, lr=0.02, progress=False)
+    assert loss_of(model, batch) < lost - 5
+    for module in ("process", "decoder", "guide"):
+        old, new = (dict(getattr(m, module).named_parameters()) for m in (before, model))
+        still = {name for name in new if torch.equal(old[name], new[name])}
+        assert still == set(), f"{module}: {still}"
+    assert fit.model is model
+
+
+def test_trains_under_pyros_svi():
+    model, batch = small(), waves()
+    model.guide(batch)
+    before, lost = copy.deepcopy(model), loss_of(model, batch)
+    svi = SVI(model, model.guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    for _ in range(60):
+        svi.step(batch)
+    assert loss_of(model, batch) < lost - 5
+    for module in ("process", "decoder", "guide"):
+        old, new = (dict(getattr(m, module).named_parameters()) for m in (before, model))
+        assert not any(torch.equal(old[name], new[name]) for name in new)
+    pyro.clear_param_store()
+
+
+def test_is_the_program_it_says():
+    """Against the same model written out: the joint density of one draw."""
+    model, batch = small(), waves()
+    trace = poutine.trace(model).get_trace(batch)
+    trace.compute_log_prob()
+    grid, z = sd.TimeGrid(batch.times, substeps=2), trace.nodes["z"]["value"]
+    prior = sd.SDEPath(model.process.drift, model.process.diffusion, model.process.initial(), grid.ts)
+    torch.testing.assert_close(trace.nodes["z"]["log_prob"], prior.log_prob(z))
+    at_times = z[:, ::2]
+    seen = dist.Normal(at_times @ model.decoder.net.weight.mT + model.decoder.net.bias, 0.5)
+    expected = torch.where(batch.mask, seen.log_prob(batch.values), torch.zeros(())).sum((-1, -2))
+    torch.testing.assert_close(trace.nodes["y"]["log_prob"], expected, rtol=1e-5, atol=1e-4)
+    assert trace.nodes["y"]["cond_indep_stack"][0].name == "series"
+
+
+def test_the_guide_is_not_the_models():
+    model, batch = small(), waves()
+    model.guide(batch)
+    assert not any("guide" in name or "encoder" in name for name in model.state_dict())
+    assert {name.split(".")[0] for name in model.state_dict()} == {"process", "decoder"}
+    assert {name.split(".")[0] for name in model.guide.state_dict()} == {"encoder", "paths"}
+    owned = {id(p) for p in model.parameters()}
+    assert not owned & {id(p) for p in model.guide.parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_is_a_model_with_its_guide(family):
+    model, batch = small(family), waves()
+    model.guide(batch)
+    twin = copy.deepcopy(model)
+    assert twin.guide is not model.guide
+    assert twin.guide.model is twin
+    both = {id(p) for m in (model, model.guide) for p in m.parameters()}
+    assert not both & {id(p) for m in (twin, twin.guide) for p in m.parameters()}
+    assert loss_of(twin, batch, 2) == loss_of(model, batch, 2)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    sd.fit(twin, twin.guide, batch, steps=3, progress=False)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert loss_of(twin, batch, 2) != loss_of(model, batch, 2)
+
+
+@pytest.mark.parametrize("family", ["full", "drift"])
+def test_save_and_load(family, tmp_path):
+    model, batch = small(family), waves()
+    sd.fit(model, model.guide, batch, steps=5, lr=0.02, progress=False)
+    for name, part in (("model", model), ("guide", model.guide)):
+        torch.save(part.state_dict(), tmp_path / f"{name}.pt")
+    fresh = sd.LatentSDE(obs_dim=2, state_dim=2, hidden=8, paths=FAMILIES[family])
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    fresh.guide.load_state_dict(torch.load(tmp_path / "guide.pt", weights_only=True))
+    for m in (model, fresh):
+        m.eval(), m.guide.eval()
+    assert loss_of(fresh, batch, 2) == loss_of(model, batch, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicts(family):
+    model, batch = small(family), waves()
+    fit = sd.fit(model, model.guide, batch, steps=3, progress=False)
+    found = sd.predict(fit, batch, ts=[2.5, 3.0], draws=7)
+    assert found.observations.shape == (7, 8, 9, 2)
+    assert found.states.shape == (7, 8, 9, 2)
+    assert torch.isfinite(found.observations).all()
+    new = waves(series=3, points=5, seed=1)
+    assert sd.predict(fit, new, draws=7).observations.shape == (7, 3, 5, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forecast_runs_on_by_the_prior(family):
+    """After the last observation guide and prior have one density, whatever they learned before."""
+    model, batch = small(family), waves()
+    sd.fit(model, model.guide, batch, steps=20, lr=0.02, progress=False)
+    times = torch.cat([batch.times, torch.tensor([2.5, 3.0], dtype=batch.times.dtype)])
+    pad = torch.zeros(8, 2, 2)
+    longer = sd.Series(times, torch.cat([batch.values, pad], 1), mask=torch.cat([batch.mask, pad.bool()], 1))
+    model.eval(), model.guide.eval()
+    with torch.no_grad():
+        q = poutine.trace(model.guide).get_trace(longer).nodes["z"]
+        p = poutine.trace(poutine.replay(model, trace=poutine.Trace())).get_trace(longer).nodes["z"]
+        z, last = q["value"], 2 * (len(batch.times) - 1)
+        moved = z.clone()
+        moved[:, last + 1 :] += 0.5 * torch.randn_like(moved[:, last + 1 :])
+        gaps = [site["fn"].log_prob(moved) - site["fn"].log_prob(z) for site in (q, p)]
+        torch.testing.assert_close(*gaps, rtol=1e-4, atol=1e-3)
+        assert gaps[0].abs().min() > 0.01
+        before = z.clone()
+        before[:, 1:last] += 0.1
+        gaps = [site["fn"].log_prob(before) - site["fn"].log_prob(z) for site in (q, p)]
+        assert (gaps[0] - gaps[1]).abs().max() > 0.1
+
+
+def test_parts_can_be_replaced():
+    class Spring(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rate = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, t, z):
+            return self.rate * torch.stack([z[..., 1], -z[..., 0]], -1)
+
+    process = sd.NeuralSDE(2, drift=Spring(), diffusion=nn.Parameter(torch.full((2,), 0.3)))
+    decoder = sd.NormalDecoder(nn.Identity(), 2, scale=0.1, learned=False)
+    encoder = sd.SetEncoder(2, 8)
+    model = sd.LatentSDE(2, 2, hidden=8, process=process, decoder=decoder, encoder=encoder, substeps=3)
+    batch = waves(series=32)
+    sd.fit(model, model.guide, batch, steps=300, lr=0.03, progress=False)
+    assert model.guide.encoder is encoder
+    assert 2.5 < model.process.drift.rate.item() < 3.5 or -3.5 < model.process.drift.rate.item() < -2.5
+    assert set(dict(model.named_parameters())) == {
+        "process.diffusion", "process.drift.rate", "process.start_loc", "process.start_log_scale",
+    }  # fmt: skip
+
+
+def test_double_precision_takes_both():
+    model = sd.LatentSDE(2, 2, hidden=8).double()
+    model.guide.double()
+    batch = waves()
+    batch = sd.Series(batch.times, batch.values.double(), mask=batch.mask)
+    fit = sd.fit(model, model.guide, batch, steps=2, progress=False)
+    assert sd.predict(fit, batch, draws=3).states.dtype == torch.float64
