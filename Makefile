@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow check clean
+.PHONY: venv demo test test-slow check bench clean
 
 venv: $(STAMP)
 
@@ -29,6 +29,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(STAMP)
+	set -e; for file in $(filter-out %_peers.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file --quick; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

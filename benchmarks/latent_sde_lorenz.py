@@ -25,58 +25,26 @@ from pathlib import Path
 
 import pyro
 import torch
-from lorenz_peers import JaxScan, TorchSDE, jax_or_none
+from lorenz_peers import (
+    NOISE,
+    TINY,
+    JaxScan,
+    Sizes,
+    Take,
+    jax_or_none,
+    lorenz,
+    memory_here,
+    memory_options,
+    peer_taker,
+    problem,
+    standardised,
+)
 from torch import Tensor, nn
 
 import stochdyn as sd
 
-NOISE, CHECK_EVERY, DRAWS, PATIENCE = 0.01, 25, 4, 2.0
-Take = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of the problem, and of the data to reach an ELBO on; `tiny` keeps the names of the figures."""
-
-    hidden: int = 128
-    context: int = 64
-    latent: int = 4
-    points: int = 100
-    train: int = 1024
-    held_out: int = 256
-    series: int = 64
-    many: int = 1024
-
-    @property
-    def ts(self) -> Tensor:
-        return torch.linspace(0, 2, 100)[: self.points]
-
-    def peer(self) -> TorchSDE:
-        return TorchSDE(3, self.latent, self.context, self.hidden, NOISE)
-
-
-TINY = Sizes(hidden=8, context=4, points=6, train=16, held_out=8, series=4, many=8)
-
-
-@torch.no_grad()
-def lorenz(sizes: Sizes, series: int, seed: int, fine: int = 20) -> Tensor:
-    """(time, series, channel): sigma 10, rho 28, beta 8/3, noise .15 on every state; standardised, then noise .01."""
-    generator = torch.Generator().manual_seed(seed)
-    z, h = torch.randn(series, 3, generator=generator), float(sizes.ts[1]) / fine
-    rows = [z]
-    for _ in range(sizes.points - 1):
-        for _ in range(fine):
-            x, y, w = z.unbind(-1)
-            drift = torch.stack([10 * (y - x), x * (28 - w) - y, x * y - 8 / 3 * w], -1)
-            z = z + drift * h + 0.15 * math.sqrt(h) * torch.randn(z.shape, generator=generator)
-        rows.append(z)
-    return torch.stack(rows)
-
-
-def standardised(xs: Tensor, like: Tensor, seed: int) -> Tensor:
-    """In the units of `like`, observed with noise."""
-    xs = (xs - like.mean((0, 1))) / like.std((0, 1))
-    return xs + NOISE * torch.randn(xs.shape, generator=torch.Generator().manual_seed(1000 + seed))
+HERE = Path(__file__).parent
+CHECK_EVERY, DRAWS, PATIENCE = 25, 4, 2.0
 
 
 def series_of(sizes: Sizes, xs: Tensor) -> sd.Series:
@@ -91,7 +59,7 @@ class Guide:
     """How our guide is made and trained; `lr` is for the time to an ELBO."""
 
     paths: Callable[[Sizes], object]
-    bound: sd.AbstractObjective = sd.ELBO()
+    bound: sd.AbstractObjective
     lr: float = 1e-2
 
 
@@ -100,8 +68,8 @@ GUIDES = {
         lambda s: sd.PosteriorDrift(hidden=(s.hidden, s.hidden), context=s.context),
         sd.ELBO(estimator=sd.AnalyticKL()),
     ),
-    "messages": Guide(lambda s: sd.FreeMessage(rank=0)),
-    "messages, full": Guide(lambda s: sd.FreeMessage()),
+    "messages": Guide(lambda s: sd.FreeMessage(rank=0), sd.ELBO()),
+    "messages, full": Guide(lambda s: sd.FreeMessage(), sd.ELBO()),
     "marginals": Guide(lambda s: sd.Marginals(), sd.PathELBO()),
 }
 
@@ -133,18 +101,9 @@ def our_taker(model: sd.LatentSDE, kind: str, batch: sd.Series) -> Take:
     return take
 
 
-def peer_taker(peer: TorchSDE, xs: Tensor, ts: Tensor) -> Take:
-    def take() -> None:
-        peer.zero_grad(set_to_none=True)
-        (-peer.elbo(xs, ts).mean()).backward()
-
-    return take
-
-
 def taker(sizes: Sizes, name: str, series: int, loop: sd.Compiled | None = None) -> Take:
     """The gradient step of a contender on some series."""
-    xs = lorenz(sizes, series, seed=0)
-    xs = standardised(xs, xs, seed=0)
+    xs = problem(sizes, series)
     if name == "torchsde":
         return peer_taker(sizes.peer(), xs, sizes.ts)
     return our_taker(ours(sizes, name, loop), name, series_of(sizes, xs))
@@ -177,9 +136,7 @@ def steps(
     jax = jax_or_none(torch.get_num_threads())
     first: dict[str, float] = {}
     if jax is not None:
-        xs = lorenz(sizes, series, seed=0)
-        scan = JaxScan(jax, standardised(xs, xs, seed=0), sizes.ts, sizes.peer())
-        takers["jax"] = scan.take
+        takers["jax"] = JaxScan(jax, problem(sizes, series), sizes.ts, sizes.peer()).take
     for name in [name for name in takers if name == "jax" or name.endswith("compiled")]:
         started = time.perf_counter()
         takers[name]()
@@ -270,29 +227,11 @@ def time_to_elbo(sizes: Sizes, seeds: int, count: int) -> dict[str, float]:
 
 
 def memory_of(name: str, series: int, tiny: bool) -> float:
-    """Largest resident set in MiB of a process of its own that takes three gradient steps."""
-    command = [sys.executable, __file__, "--memory", name, "--series", str(series), *["--tiny"] * tiny]
+    """Largest resident set in MiB of a process that takes three gradient steps, its imports included."""
+    script = HERE / ("lorenz_peers.py" if name == "torchsde" else "latent_sde_lorenz.py")
+    command = [sys.executable, str(script), "--memory", name, "--series", str(series), *["--tiny"] * tiny]
     command += ["--threads", str(torch.get_num_threads())]
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
-
-
-def memory_here(sizes: Sizes, name: str, series: int) -> None:
-    take = taker(sizes, name, series)
-    for _ in range(3):
-        take()
-    print(resident_peak())
-
-
-def resident_peak() -> float:
-    """In MiB. On Linux from /proc: `getrusage` there counts the process that started this one too."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        row = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
-        return int(row.split()[1]) / 1024
-    import resource
-
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # The report.
@@ -317,8 +256,8 @@ def report(batch: int, seconds: dict[str, float], first: dict[str, float]) -> di
     return found
 
 
-def memory(sizes: Sizes, series: int, tiny: bool) -> dict[str, float]:
-    peak = {name: memory_of(name, series, tiny) for name in ("torchsde", *GUIDES)}
+def memory(names: list[str], series: int, tiny: bool) -> dict[str, float]:
+    peak = {name: memory_of(name, series, tiny) for name in ("torchsde", *names)}
     print(f"\nbatch {series}: largest resident set in MiB, ratio to torchsde")
     for name, value in peak.items():
         print(f"  {name:<20} {value:10.0f} {peak['torchsde'] / value:7.2f}")
@@ -332,7 +271,8 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     found = report(64, *steps(sizes, sizes.series, 3 if quick else options.rounds, compiled, clock))
     if not quick:
         found |= report(1024, *steps(sizes, sizes.many, max(options.rounds // 3, 1), compiled[:1], clock))
-    found |= memory(sizes, sizes.series if quick else sizes.many, options.tiny)
+    guides = ["control"] if quick or options.tiny else list(GUIDES)
+    found |= memory(guides, sizes.series if quick else sizes.many, options.tiny)
     if not quick and options.seeds:
         ratios = time_to_elbo(sizes, options.seeds, options.steps)
         found["time_to_elbo_ratio"] = max(ratios.values())
@@ -341,6 +281,9 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
+    if "--memory" in sys.argv:
+        memory_here(memory_options().parse_args(), taker)
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="batch 64, steps and memory only")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -356,8 +299,6 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds of steps: for a busy machine"
     )
-    for private in ("--memory", "--series"):
-        parser.add_argument(private, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile is None:
@@ -365,9 +306,6 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    if options.memory:
-        memory_here(TINY if options.tiny else Sizes(), options.memory, int(options.series))
-        return
     found = run(options)
     print("\n" + "\n".join(f"{name:<36} {value:8.2f}" for name, value in found.items()))
     if options.json:

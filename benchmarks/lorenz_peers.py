@@ -1,7 +1,13 @@
-"""The peers of `latent_sde_lorenz.py`: torchsde's example, and the same model as a JAX scan."""
+"""The problem and the peers of `latent_sde_lorenz.py`: torchsde's example, and the same model as a JAX scan."""
 
+import argparse
 import math
 import os
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +16,62 @@ import torchsde
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-STEP = 0.01
+NOISE, STEP = 0.01, 0.01
+Take = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the problem, and of the data to reach an ELBO on; `tiny` keeps the names of the figures."""
+
+    hidden: int = 128
+    context: int = 64
+    latent: int = 4
+    points: int = 100
+    train: int = 1024
+    held_out: int = 256
+    series: int = 64
+    many: int = 1024
+
+    @property
+    def ts(self) -> Tensor:
+        return torch.linspace(0, 2, 100)[: self.points]
+
+    def peer(self) -> "TorchSDE":
+        return TorchSDE(3, self.latent, self.context, self.hidden, NOISE)
+
+
+TINY = Sizes(hidden=8, context=4, points=6, train=16, held_out=8, series=4, many=8)
+
+
+@torch.no_grad()
+def lorenz(sizes: Sizes, series: int, seed: int, fine: int = 20) -> Tensor:
+    """(time, series, channel): sigma 10, rho 28, beta 8/3, noise .15 on every state; standardised, then noise .01."""
+    generator = torch.Generator().manual_seed(seed)
+    z, h = torch.randn(series, 3, generator=generator), float(sizes.ts[1]) / fine
+    rows = [z]
+    for _ in range(sizes.points - 1):
+        for _ in range(fine):
+            x, y, w = z.unbind(-1)
+            drift = torch.stack([10 * (y - x), x * (28 - w) - y, x * y - 8 / 3 * w], -1)
+            z = z + drift * h + 0.15 * math.sqrt(h) * torch.randn(z.shape, generator=generator)
+        rows.append(z)
+    return torch.stack(rows)
+
+
+def standardised(xs: Tensor, like: Tensor, seed: int) -> Tensor:
+    """In the units of `like`, observed with noise."""
+    xs = (xs - like.mean((0, 1))) / like.std((0, 1))
+    return xs + NOISE * torch.randn(xs.shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def problem(sizes: Sizes, series: int) -> Tensor:
+    """What gradient steps are timed on."""
+    xs = lorenz(sizes, series, seed=0)
+    return standardised(xs, xs, seed=0)
+
+
+# torchsde.
 
 
 def net(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
@@ -60,6 +121,17 @@ class TorchSDE(nn.Module):
         zs, ratio = torchsde.sdeint(self, q.rsample(), ts, dt=STEP, logqp=True, method="euler")
         seen = Normal(self.projector(zs), self.noise).log_prob(xs).sum((0, 2))
         return seen - kl_divergence(q, Normal(self.loc, self.log_scale.exp())).sum(1) - ratio.sum(0)
+
+
+def peer_taker(peer: TorchSDE, xs: Tensor, ts: Tensor) -> Take:
+    def take() -> None:
+        peer.zero_grad(set_to_none=True)
+        (-peer.elbo(xs, ts).mean()).backward()
+
+    return take
+
+
+# JAX.
 
 
 def jax_or_none(threads: int) -> ModuleType | None:
@@ -158,3 +230,40 @@ def weights(peer: TorchSDE) -> dict[str, Any]:
         "loc": peer.loc[0],
         "log_scale": peer.log_scale[0],
     }
+
+
+# Memory.
+
+
+def resident_peak() -> float:
+    """In MiB. On Linux from /proc: `getrusage` there counts the process that started this one too."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        row = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return int(row.split()[1]) / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def memory_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="The largest resident set in MiB of three gradient steps.")
+    parser.add_argument("--memory", default="torchsde", help="of which contender")
+    parser.add_argument("--series", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true")
+    return parser
+
+
+def memory_here(options: argparse.Namespace, taker: Callable[[Sizes, str, int], Take]) -> None:
+    torch.set_num_threads(options.threads)
+    take = taker(TINY if options.tiny else Sizes(), options.memory, options.series)
+    for _ in range(3):
+        take()
+    print(resident_peak())
+
+
+if __name__ == "__main__":  # a process of its own, without stochdyn and Pyro
+    memory_here(
+        memory_options().parse_args(),
+        lambda sizes, name, series: peer_taker(sizes.peer(), problem(sizes, series), sizes.ts),
+    )

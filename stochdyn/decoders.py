@@ -61,6 +61,7 @@ class NormalDecoder(AbstractDecoder):
         loc = self.net(z)
         if loc.shape[-1] != self.obs_dim:
             raise ShapeError(
-                f"The decoder's net returned {loc.shape[-1]} channels, obs_dim is {self.obs_dim}. Change the last layer."
+                f"The decoder's net returned {loc.shape[-1]} channels for obs_dim={self.obs_dim}. Change its last "
+                "layer or obs_dim."
             )
         return dist.Normal(loc, self.log_scale.exp())

@@ -15,7 +15,7 @@ class AbstractPathFamily:
 
 
 @dataclass(frozen=True)
-class AbstractMessageFamily(AbstractPathFamily):
+class AbstractMessageFamily(AbstractPathFamily, ABC):
     """Guiding by messages: what the learned numbers of every grid time mean."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ from stochdyn.data import Series
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.fields import Field, NeuralField, evaluate
-from stochdyn.guides.messages import AbstractPathFamily, FreeMessage
+from stochdyn.guides.messages import AbstractPathFamily, FreeMessage, masked
 from stochdyn.guides.plates import Place
 from stochdyn.paths import Compiled, GuidedPath, Message, SDEPath
 
@@ -56,7 +56,15 @@ class DriftSite(nn.Module):
 
     @classmethod
     def begin(cls, family: PosteriorDrift, prior: SDEPath, features: int, encoded: int) -> "DriftSite":
-        """A new one; `features` counts the encoding and the latents sampled before, `encoded` the encoding alone."""
+        """A new one; `features` counts the encoding and the latents sampled before, `encoded` the encoding alone.
+
+        Raises:
+            GuideError: without an encoder.
+        """
+        if encoded == 0:
+            raise GuideError(
+                "PosteriorDrift needs an encoder: sd.GRUEncoder(...). Without one use FreeMessage()."
+            )
         like, state = prior.chain.start.centre().detach(), prior.chain.state_dim
         size, reduce = features, None
         if family.context is not None:
@@ -108,22 +116,19 @@ class DriftSite(nn.Module):
         upstream = run.upstream(place)
         scored = context.detach()
         if upstream:
-            lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], context.shape[:-2])
-            rest = [v[..., None, :].expand(*lead, context.shape[-2], v.shape[-1]) for v in upstream]
-            context, scored = (
-                torch.cat([c.expand(*lead, *c.shape[-2:]), *rest], -1) for c in (context, scored)
-            )
-        first = self._message(self.start, context)
-        score = self._message(_detached(self.start), scored)
+            rest = [v[..., None, :] for v in upstream]
+            context, scored = _beside(context, *rest), _beside(scored, *rest)
+        first = masked(self._message(self.start, context), valid[..., :1])
+        score = masked(self._message(_detached(self.start), scored), valid[..., :1])
+        context, scored, valid = _next(context, -2), _next(scored, -2), _next(valid, -1)
         drift: Field = self.drift
-        if not bool(valid[..., :-1].all()):
-            # A new module in every run, which a compiled loop would compile anew.
-            drift, last, loop = Until(self.drift, prior), valid[..., None].to(context), None
-            own = prior.chain.context
-            parts = [] if own is None else [own.expand(*context.shape[:-1], own.shape[-1])]
-            context, scored = (
-                torch.cat([c, *parts, last.expand(*c.shape[:-1], 1)], -1) for c in (context, scored)
-            )
+        if not bool(valid.all()):
+            drift, loop = (
+                Until(self.drift, prior),
+                None,
+            )  # new in every run: a compiled loop would compile it anew
+            rest = [*own_context(prior), valid[..., None].to(context)]
+            context, scored = _beside(context, *rest), _beside(scored, *rest)
         return prior.guided(
             first, drift=drift, context=context, score_message=score, score_context=scored, loop=loop
         )
@@ -151,6 +156,22 @@ class Until(nn.Module):
         own = context[..., size : size + self.own] if self.own else None
         after = evaluate("drift", self._prior[0], t, z, own)
         return torch.where(context[..., -1:] > 0, self.drift(t, z, context[..., :size]), after)
+
+
+def own_context(prior: SDEPath) -> list[Tensor]:
+    """The context of a path's own fields, (*batch, time or 1, context_dim), where it has one."""
+    own = prior.chain._context
+    return [] if own is None else [own.movedim(0, -2)]
+
+
+def _next(x: Tensor, dim: int) -> Tensor:
+    """What every step is led by: what is seen after its start."""
+    return torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, x.shape[dim] - 1, 1)], dim)
+
+
+def _beside(*parts: Tensor) -> Tensor:
+    lead = torch.broadcast_shapes(*[p.shape[:-1] for p in parts])
+    return torch.cat([p.expand(*lead, p.shape[-1]) for p in parts], -1)
 
 
 def _detached(linear: nn.Linear) -> nn.Module:
