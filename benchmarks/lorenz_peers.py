@@ -140,7 +140,7 @@ def jax_or_none(threads: int) -> ModuleType | None:
     if threads == 1:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     try:
-        import jax
+        import jax  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     return jax

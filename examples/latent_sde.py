@@ -58,13 +58,13 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     mpl.use("Agg")
     torch.set_num_threads(1)  # tensors this small are slower on several
     torch.manual_seed(0)
-    training = oscillators(16 if smoke else 128, 10 if smoke else 40, seed=1)
-    held_out = oscillators(4 if smoke else 32, 10 if smoke else 40, seed=2)
+    training = oscillators(16 if smoke else 64, 10 if smoke else 28, seed=1)
+    held_out = oscillators(4 if smoke else 32, 10 if smoke else 28, seed=2)
 
-    model = sd.LatentSDE(obs_dim=2, state_dim=2, hidden=64, substeps=2, noise=0.3)
+    model = sd.LatentSDE(obs_dim=2, state_dim=2, hidden=32, substeps=2, noise=0.3)
     before = elbo(model, held_out, draws=5)
     fit = sd.fit(
-        model, model.guide, training, steps=10 if smoke else 600, batch_size=None if smoke else 64, lr=0.01
+        model, model.guide, training, steps=10 if smoke else 300, batch_size=None if smoke else 32, lr=0.02
     )
     print(fit)
     after = elbo(model, held_out, draws=20)
