@@ -64,14 +64,7 @@ def test_hierarchy(tmp_path):
 
 
 @pytest.mark.skipif(not LATENT_SDE.exists(), reason="an installed package has no examples")
-def test_latent_sde(tmp_path):
-    done = python("-W", "error", str(LATENT_SDE), "--smoke", cwd=tmp_path)
-    found = re.search(
-        r"^Held-out ELBO per series: (-\d+\.\d) untrained, (-\d+\.\d) trained$", done.stdout, re.MULTILINE
-    )
-    assert float(found[1]) < float(found[2])
-    assert re.search(r"^90 % forecast intervals hold \d+% of what came$", done.stdout, re.MULTILINE)
-    assert (tmp_path / "examples" / "output" / "latent_sde.png").stat().st_size > 10_000
+
 
 
 STATE = """

@@ -92,6 +92,13 @@ class MarginalSite(nn.Module):
         shape = tables[0].shape[:-2] if tables is not None else (0,)
         self.register_buffer("signature", torch.full(shape, torch.nan, dtype=torch.float64))
 
+    def _like(self, like: Tensor) -> "MarginalSite":
+        """On its device and in its dtype, but for the checksums, which need all their digits."""
+        signature = self.signature.to(like.device)
+        self.to(like)
+        self.signature = signature
+        return self
+
     @classmethod
     def begin(
         cls, family: Marginals, prior: SDEPath, place: Place, run: "Run", sizes: tuple[int, int, int] | None
@@ -104,7 +111,7 @@ class MarginalSite(nn.Module):
             knots = knots_of(_series(place, run), prior)[0].shape[-1]
             counts = zip((knots, knots - 1), numbers(state), strict=True)
             tables = tuple(like.new_zeros(*shape, points, count) for points, count in counts)
-        new = cls(state, tables, sizes).to(like)  # type: ignore
+        new = cls(state, tables, sizes)._like(like)  # type: ignore
         draws = prior.guided()
         draws._validate_args = False
         rows = draws.rsample((-(-_DRAWS // max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
@@ -134,7 +141,7 @@ class MarginalSite(nn.Module):
         before, encoded = state["forwards.weight_hh_l0"].shape[1], state["forwards.weight_ih_l0"].shape[1] - 1
         hidden, inputs = state["trunk.weight"].shape
         upstream = inputs - before - encoded
-        return cls(size, None, (encoded, upstream, hidden)).to(like)
+        return cls(size, None, (encoded, upstream, hidden))._like(like)
 
     def marginal(
         self, encoder: AbstractEncoder | None, prior: SDEPath, place: Place, run: "Run"
