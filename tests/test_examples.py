@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[1]
 LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
 HIERARCHY = ROOT / "examples" / "hierarchy.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
-LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 
 
 def python(*args, cwd=ROOT, timeout=100):
@@ -61,10 +60,6 @@ def test_hierarchy(tmp_path):
         r"^60 patients never seen, of new clinics: 90 % intervals hold \d+%", done.stdout, re.MULTILINE
     )
     assert (tmp_path / "examples" / "output" / "hierarchy.png").stat().st_size > 10_000
-
-
-@pytest.mark.skipif(not LATENT_SDE.exists(), reason="an installed package has no examples")
-
 
 
 STATE = """

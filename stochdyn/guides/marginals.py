@@ -135,9 +135,8 @@ class MarginalSite(nn.Module):
         """An empty one with the shapes of a state_dict."""
         size, like = len(state["centre"]), state["centre"]
         if "knot_numbers" in state:
-            return cls(
-                size, (torch.zeros_like(state["knot_numbers"]), torch.zeros_like(state["gap_numbers"])), None
-            )
+            tables = torch.zeros_like(state["knot_numbers"]), torch.zeros_like(state["gap_numbers"])
+            return cls(size, tables, None)._like(like)
         before, encoded = state["forwards.weight_hh_l0"].shape[1], state["forwards.weight_ih_l0"].shape[1] - 1
         hidden, inputs = state["trunk.weight"].shape
         upstream = inputs - before - encoded
