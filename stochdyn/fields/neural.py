@@ -220,7 +220,7 @@ class ElementwiseField(nn.Module):
 
     def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
         out = self._output(self.activation(self._before(z)))
-        return self.scale * torch.sigmoid(out.reshape(z.shape)) + self.floor
+        return self.scale * torch.sigmoid(out) + self.floor
 
     @property
     def closed_slope(self) -> bool:
@@ -238,18 +238,13 @@ class ElementwiseField(nn.Module):
                 "ElementwiseField.with_slope needs the softplus activation; use autograd for others."
             )
         before = self._before(z)
-        share = torch.sigmoid(self._output(nn.functional.softplus(before)).reshape(z.shape))
-        inner = (
-            torch.bmm(torch.sigmoid(before), (self.out_weight * self.weight)[..., None])[..., 0]
-            .t()
-            .reshape(z.shape)
-        )
+        share = torch.sigmoid(self._output(nn.functional.softplus(before)))
+        inner = (torch.sigmoid(before) * (self.out_weight * self.weight)).sum(-1)
         return self.scale * share + self.floor, self.scale * share * (1 - share) * inner
 
     def _before(self, z: Tensor) -> Tensor:
-        """What goes into the hidden units: (state, rows, hidden)."""
-        rows = z.reshape(-1, z.shape[-1]).t()[..., None]
-        return torch.baddbmm(self.bias[:, None], rows, self.weight[:, None])
+        """What goes into the hidden units: (*batch, state, hidden)."""
+        return torch.addcmul(self.bias, z[..., None], self.weight)
 
     def _output(self, hidden: Tensor) -> Tensor:
-        return torch.baddbmm(self.out_bias[:, None, None], hidden, self.out_weight[..., None])[..., 0].t()
+        return (hidden * self.out_weight).sum(-1) + self.out_bias

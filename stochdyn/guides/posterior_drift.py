@@ -110,7 +110,7 @@ class DriftSite(nn.Module):
                 f"path site '{place.name}': PosteriorDrift needs an encoder, and a Series as the model's first "
                 "argument. Use sd.GRUEncoder(...), or FreeMessage() without an encoder."
             )
-        code = encoder(batch).to(self.start.weight)
+        code = run.encoded(encoder).to(self.start.weight)
         code = code if self.reduce is None else self.reduce(code)
         context, _, valid = align(code, batch, prior.ts)
         upstream = run.upstream(place)

@@ -7,8 +7,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 
 import stochdyn as sd
+from stochdyn.guides.marginals import KnotsOnly
+from stochdyn.paths.marginal import Knots
 from tests.models import (
     F64,
     elbos,
@@ -22,6 +25,7 @@ from tests.models import (
     rotating_evidence,
     rotating_series,
 )
+from tests.paths.test_marginal import rate_by_quadrature
 from tests.problems import OU
 
 
@@ -63,58 +67,109 @@ def test_the_exact_evidence_by_another_route():
     torch.testing.assert_close(continuous_evidence(BATCH), fine, rtol=1e-3, atol=1e-2)
 
 
-def train(model, batch, steps=1000, **options):
+def train(model, batch, steps=300, particles=4, lr=0.1, **options):
     guide = sd.AmortizedGuide(model, paths=sd.Marginals())
-    objective = sd.PathELBO(times=2, particles=8)
-    return sd.fit(model, guide, batch, objective=objective, steps=steps, lr=0.05, progress=False, **options)
+    objective = sd.PathELBO(times=4, particles=particles)
+    return sd.fit(model, guide, batch, objective=objective, steps=steps, lr=lr, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return train(ou, BATCH)
+
+
+def ou_model(noise):
+    def model(batch):
+        grid = sd.TimeGrid(batch.times)
+        with batch.plate("series"):
+            path = ou_path(grid.ts, OU["theta"], OU["mu"], OU["sigma"])
+            observe(grid, pyro.sample("z", path), batch, noise)
+
+    return model
+
+
+def marginal_of(guide, batch):
+    return poutine.trace(KnotsOnly()(guide)).get_trace(batch).nodes["z"]["fn"]
+
+
+def exact_bound(q, batch, noise, nodes=48):
+    """The bound of marginals of an OU prior without any draw: its integrals in closed form and by quadrature."""
+    A = torch.tensor([[-OU["theta"]]], dtype=F64)
+    kl = rate_by_quadrature(q, A, shift=torch.tensor([OU["theta"] * OU["mu"]], dtype=F64), nodes=nodes)
+    loc = q.knots.loc.gather(-2, q.observed[..., None])
+    spread = q.knots.scale_tril[..., 0].gather(-2, q.observed[..., None])
+    expected = dist.Normal(loc, noise).log_prob(batch.values) - 0.5 * (spread / noise).square()
+    return (expected * batch.mask).sum() - kl.sum()
+
+
+def smooth_bound(q, batch, noise, rounds=3):
+    """The best bound of the same marginals with one slope at every knot: the control."""
+    k = q.knots
+    slope = torch.cat([k.slopes[..., :1, 0, :], k.slopes[..., 1, :]], -2)
+    free = [
+        x.detach().clone().requires_grad_() for x in (k.loc, k.scale_tril.log(), slope, k.coupling.atanh())
+    ]
+
+    def bound(nodes):
+        loc, log_scale, slope, coupling = free
+        slopes = torch.stack([slope[..., :-1, :], slope[..., 1:, :]], -2)
+        own = Knots(k.times, loc, log_scale.exp(), slopes, coupling.tanh())
+        return exact_bound(sd.MarginalPath(q.prior, own, q.observed), batch, noise, nodes)
+
+    optimizer = torch.optim.LBFGS(free, max_iter=40, history_size=30, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -bound(12)
+        loss.backward()
+        return loss
+
+    for _ in range(rounds):
+        optimizer.step(closure)
+    return bound(48).item()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spacing", [0.1, 0.5])
 @pytest.mark.parametrize("noise", [0.05, 0.2])
 def test_reaches_the_continuous_evidence(spacing, noise):
-    """Within .005 nat per observation, and not above; marginals that are smooth through the knots lose far more."""
-
-    def model(batch):
-        grid = sd.TimeGrid(batch.times)
-        with batch.plate("series"):
-            observe(
-                grid, pyro.sample("z", ou_path(grid.ts, OU["theta"], OU["mu"], OU["sigma"])), batch, noise
-            )
-
-    points = 40
+    """Within .005 nat per observation, never above; marginals that are smooth through the knots lose far more."""
+    points, model = 40, ou_model(noise)
     torch.manual_seed(2)
     times = torch.arange(points, dtype=F64) * spacing
     fine = sd.TimeGrid(times, substeps=50)
     x = fine.observed(ou_path(fine.ts, OU["theta"], OU["mu"], OU["sigma"]).sample((1,)))
     batch = sd.Series(times, x + noise * torch.randn_like(x))
-    fit = train(model, batch, steps=2500)
+    fit = train(model, batch, steps=1000, particles=8, lr=0.05)
+    q, exact = marginal_of(fit.guide, batch), float(continuous_evidence(batch, noise).sum())
+    lost = (exact - exact_bound(q, batch, noise).item()) / points
+    assert 0 < lost < 0.005
     value, error = estimate(model, fit.guide, batch)
-    exact = float(continuous_evidence(batch, noise).sum())
-    assert value < exact + 4 * error
-    assert (exact - value) / points < 0.005 + 4 * error / points
+    assert abs(value - exact_bound(q, batch, noise).item()) < 4 * error
+    assert (exact - smooth_bound(q, batch, noise)) / points > 4 * lost
 
 
-def test_trained_on_ragged_series_with_holes():
-    fit = train(ou, BATCH)
-    value, error = estimate(ou, fit.guide, BATCH)
-    exact = float(continuous_evidence(BATCH).sum())
-    assert value < exact + 4 * error
-    assert exact - value < 0.02 * int(BATCH.mask.sum())
+def test_trained_on_ragged_series_with_holes(fitted):
+    value, exact = (
+        exact_bound(marginal_of(fitted.guide, BATCH), BATCH, OU["noise"]),
+        continuous_evidence(BATCH),
+    )
+    assert value < exact.sum()
+    assert exact.sum() - value < 0.01 * int(BATCH.mask.sum())
     untrained = sd.AmortizedGuide(ou, paths=sd.Marginals())
-    assert estimate(ou, untrained, BATCH)[0] < exact - 10
+    assert exact_bound(marginal_of(untrained, BATCH), BATCH, OU["noise"]) < exact.sum() - 10
 
 
-def test_the_same_guide_is_simulated_elsewhere():
+def test_the_same_guide_is_simulated_elsewhere(fitted):
     """Trained without a solver, it guides the path on a grid: the ELBO there is near the grid's evidence."""
-    fit = train(ou, BATCH)
-    on_grid, error = mean_and_error(elbos(ou, fit.guide.eval(), BATCH, draws=200))
+    draws = elbos(ou, fitted.guide.eval(), BATCH, draws=500)
+    on_grid, error = mean_and_error(draws)
     exact = float(ou_evidence(BATCH).sum())
-    assert on_grid < exact + 4 * error
-    assert exact - on_grid < 1.0
-    evidence = sd.evidence(fit, BATCH, particles=200)
+    assert exact - 0.5 < on_grid < exact + 4 * error
+    assert sd.pareto_k(draws).k < 0.67
+    evidence = sd.evidence(fitted, BATCH, particles=200)
     torch.testing.assert_close(evidence.total.double(), torch.tensor(exact, dtype=F64), rtol=0, atol=0.2)
-    smoothed = sd.predict(fit, BATCH, draws=50)
+    smoothed = sd.predict(fitted, BATCH, draws=50)
     assert smoothed.states.shape == (50, 3, 12, 1)
 
 
@@ -150,10 +205,9 @@ def test_other_latents_enter_as_in_the_elbo():
     assert guide.joint.loc.grad.abs() > 0
 
 
-def test_minibatches_are_unbiased():
-    fit = train(ou, BATCH, steps=50)
-    whole, error = estimate(ou, fit.guide, BATCH)
-    parts = [estimate(ou, fit.guide, BATCH[[i]]) for i in range(3)]
+def test_minibatches_are_unbiased(fitted):
+    whole, error = estimate(ou, fitted.guide, BATCH, draws=20)
+    parts = [estimate(ou, fitted.guide, BATCH[[i]], draws=20) for i in range(3)]
     mean, errors = (sum(p[k] for p in parts) / 3 for k in (0, 1))
     assert abs(mean - whole) < 4 * math.hypot(error, errors)
 
@@ -169,23 +223,28 @@ def test_cost_does_not_grow_with_the_grid():
     """A gradient step on a grid ten times finer; the simulated one is the control."""
     batch = ou_series(32, torch.arange(20, dtype=F64) * 0.3, seed=5)
 
-    def seconds(substeps, objective, rounds=5):
+    def ready(substeps):
         def model(b):
             return ou(b, substeps=substeps)
 
-        guide = sd.AmortizedGuide(model, sd.GRUEncoder(1, hidden=8).double(), paths=sd.Marginals(), hidden=8)
-        objective.loss(model, guide, batch)
-        out = []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            objective.loss(model, guide, batch).backward()
-            out.append(time.perf_counter() - started)
-        return min(out)
+        return model, sd.AmortizedGuide(
+            model, sd.GRUEncoder(1, hidden=8).double(), paths=sd.Marginals(), hidden=8
+        )
+
+    def ratio(objective, substeps, rounds):
+        """In turn, and of the processor's time: what else runs on the machine hits both alike."""
+        pairs = [ready(n) for n in substeps]
+        spent = [[], []]
+        for k in range(rounds + 1):
+            for (model, guide), out in zip(pairs, spent, strict=True):
+                started = time.process_time()
+                objective.loss(model, guide, batch).backward()
+                out.extend([time.process_time() - started] if k else [])
+        return sorted(spent[1])[rounds // 2] / sorted(spent[0])[rounds // 2]
 
     with pyro.validation_enabled(False):
-        coarse, fine = seconds(10, sd.PathELBO(), 15), seconds(100, sd.PathELBO(), 15)
-        assert fine < 1.3 * coarse
-        assert seconds(40, sd.ELBO(), 2) > 2 * seconds(10, sd.ELBO(), 2)
+        assert ratio(sd.PathELBO(), (10, 100), 15) < 1.3
+        assert ratio(sd.ELBO(), (5, 20), 3) > 2
 
 
 class TestRefused:

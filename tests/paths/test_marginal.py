@@ -258,8 +258,8 @@ def test_float32_and_expand():
     assert q.rsample((5,)).shape == (5, 4, 3, 2)
 
 
-def rate_by_quadrature(q, A, nodes=48):
-    """The divergence of a linear prior dz = A z dt + g dW, its integral over time by Gauss-Legendre, no draws."""
+def rate_by_quadrature(q, A, shift=0.0, nodes=48):
+    """The divergence from dz = (A z + shift) dt + g dW, its integral over time by Gauss-Legendre, no draws."""
     x, weights = (torch.as_tensor(v, dtype=F64) for v in np.polynomial.legendre.leggauss(nodes))
     bridge, total = q.bridge(), q._kl_start()
     for w, weight in zip((x + 1) / 2, weights / 2, strict=True):
@@ -267,7 +267,7 @@ def rate_by_quadrature(q, A, nodes=48):
         (m, velocity), S = bridge.mean(w), bridge.covariance(w)
         g = q._noise(bridge.time(w), m).factor()
         slope = torch.linalg.solve(g, A - torch.linalg.solve(S, bridge.pull(w).mT).mT)
-        gap = torch.linalg.solve(g, (m @ A.mT - velocity)[..., None])[..., 0]
+        gap = torch.linalg.solve(g, (m @ A.mT + shift - velocity)[..., None])[..., 0]
         rate = 0.5 * (gap.square().sum(-1) + (slope @ S @ slope.mT).diagonal(dim1=-2, dim2=-1).sum(-1))
         total = total + weight * (bridge.length[..., 0] * rate).sum(0)
     return total
