@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,7 +11,6 @@ from torch import nn
 import stochdyn as sd
 from tests.models import (
     F64,
-    ROTATION,
     elbos,
     mean_and_error,
     observe,
@@ -71,7 +69,6 @@ class TestEvidence:
         value, error = mean_and_error(elbos(rotating, guide.eval(), fresh, draws=50))
         gap = (float(rotating_evidence(fresh).sum()) - value) / 20
         assert -4 * error / 20 - 1e-8 < gap < 0.01
-        assert ROTATION["speed"] > 0
         diagonal = sd.AmortizedGuide(
             rotating, sd.GRUEncoder(1, hidden=16).double(), paths=sd.FreeMessage(rank=0)
         )
@@ -150,11 +147,11 @@ def test_smoothing():
     batch = ou_series(2, torch.arange(8, dtype=F64) * 0.4, seed=2, hold=[(0, 3)])
     guide = sd.AmortizedGuide(ou, sd.GRUEncoder(1, hidden=8).double())
     fit = sd.fit(ou, guide, batch, steps=20, lr=1e-3, progress=False)
-    states = sd.predict(fit, batch, draws=20000).states[..., 0]
+    states = sd.predict(fit, batch, draws=40000).states[..., 0]
     for i in range(2):
         mean, cov = joint_posterior(batch.values[i, :, 0], batch.mask[i, :, 0], batch.times, 5)
         scale = cov.diagonal().sqrt()
-        assert ((states[:, i].mean(0) - mean) / scale).abs().max() < 0.02 + 4 / math.sqrt(20000)
+        assert ((states[:, i].mean(0) - mean) / scale).abs().max() < 0.02
         assert (states[:, i].std(0) / scale - 1).abs().max() < 0.02
 
 
@@ -244,4 +241,3 @@ class TestCalibration:
         result = self.ranks(guide, blind=True)
         assert result.p_value("theta") > 0.001
         assert result.p_value("log_lik") < 0.001
-        assert np.isfinite(result.p_value("last"))

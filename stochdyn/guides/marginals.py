@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -13,16 +12,13 @@ from stochdyn.data import Series
 from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import GuideError
 from stochdyn.guides.messages import AbstractPathFamily
+from stochdyn.guides.passes import Run
+from stochdyn.guides.path_site import prior_scale
 from stochdyn.guides.plates import Place
-from stochdyn.guides.signature import series_signature
-from stochdyn.guides.sites import centre_and_spread
+from stochdyn.guides.signature import same, series_signature
+from stochdyn.guides.upstream import beside, series_around
 from stochdyn.paths import GuidedPath, MarginalPath, SDEPath
 from stochdyn.paths.marginal import Knots
-
-if TYPE_CHECKING:
-    from stochdyn.guides.passes import Run
-
-_DRAWS = 50
 
 
 @dataclass(frozen=True)
@@ -101,21 +97,18 @@ class MarginalSite(nn.Module):
 
     @classmethod
     def begin(
-        cls, family: Marginals, prior: SDEPath, place: Place, run: "Run", sizes: tuple[int, int, int] | None
+        cls, family: Marginals, prior: SDEPath, place: Place, run: Run, sizes: tuple[int, int, int] | None
     ) -> "MarginalSite":
         """A new one; `sizes` are those of encoding, latents sampled before, and hidden layers, None without encoder."""
         like, state = prior.chain.start.centre().detach(), prior.chain.state_dim
         tables = None
         if sizes is None:
             shape = place.table_shape(prior.batch_shape)
-            knots = knots_of(_series(place, run), prior)[0].shape[-1]
+            knots = knots_of(series_around(place, run.args), prior)[0].shape[-1]
             counts = zip((knots, knots - 1), numbers(state), strict=True)
             tables = tuple(like.new_zeros(*shape, points, count) for points, count in counts)
         new = cls(state, tables, sizes)._like(like)  # type: ignore
-        draws = prior.guided()
-        draws._validate_args = False
-        rows = draws.rsample((-(-_DRAWS // max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
-        new.centre, new.unit = centre_and_spread(rows[torch.isfinite(rows).all(-1)])
+        new.centre, new.unit = prior_scale(prior)
         new._start(family.init_scale)
         return new
 
@@ -143,14 +136,14 @@ class MarginalSite(nn.Module):
         return cls(size, None, (encoded, upstream, hidden))._like(like)
 
     def marginal(
-        self, encoder: AbstractEncoder | None, prior: SDEPath, place: Place, run: "Run"
+        self, encoder: AbstractEncoder | None, prior: SDEPath, place: Place, run: Run
     ) -> MarginalPath:
         """The posterior of this run.
 
         Raises:
             GuideError: without a `Series`, or (without an encoder) for data that it was not trained on.
         """
-        batch = _series(place, run)
+        batch = series_around(place, run.args)
         times, index, observed = knots_of(batch, prior)
         if encoder is None:
             knot, gap = self._rows(batch, place, times.shape[-1])
@@ -176,7 +169,7 @@ class MarginalSite(nn.Module):
         if self.training and bool(stored.isnan().any()):
             place.put(self.signature, found, 0)
             stored = found
-        if points > knot.shape[-2] or bool(((stored - found).abs() > 1e-9 * (1 + stored.abs())).any()):
+        if points > knot.shape[-2] or not bool((same(stored, found) | stored.isnan()).all()):
             raise GuideError(
                 f"path site '{place.name}': a guide without an encoder knows only the series that it was trained on, "
                 "and these are other data (or it first ran on a part of them: call it once on all). Use "
@@ -191,30 +184,14 @@ class MarginalSite(nn.Module):
         gaps = times.diff(dim=-1)[..., None].to(code)
         before, _ = self.forwards(torch.cat([code, nn.functional.pad(gaps, (0, 0, 1, 0))], -1))
         both = torch.cat([before, code], -1)
-        if upstream:
-            lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], both.shape[:1])
-            rest = [v[..., None, :].expand(*lead, both.shape[-2], v.shape[-1]) for v in upstream]
-            both = torch.cat([both.expand(*lead, *both.shape[1:]), *rest], -1)
+        both = beside(both, *[v[..., None, :] for v in upstream])
         trunk = torch.tanh(self.trunk(both))
-        gaps = gaps.expand(*trunk.shape[:-2], *gaps.shape[-2:])
-        pairs = torch.cat([trunk[..., :-1, :], trunk[..., 1:, :], gaps], -1)
-        return self.knot_head(trunk), self.gap_head(pairs)
+        return self.knot_head(trunk), self.gap_head(beside(trunk[..., :-1, :], trunk[..., 1:, :], gaps))
 
 
 def numbers(state: int) -> tuple[int, int]:
     """How many numbers a knot and a gap take."""
     return 2 * state + state * (state - 1) // 2, 2 * state + state * state
-
-
-def _series(place: Place, run: "Run") -> Series:
-    batch = run.args[0] if run.args else None
-    around = isinstance(batch, Series) and any(f.dim == -1 and f.size == len(batch) for f in place.frames)
-    if not isinstance(batch, Series) or not around:
-        raise GuideError(
-            f"path site '{place.name}': Marginals needs a Series as the model's first argument, and the path inside "
-            "batch.plate('series')."
-        )
-    return batch
 
 
 def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:

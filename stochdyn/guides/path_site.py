@@ -15,6 +15,7 @@ from stochdyn.guides.passes import Run
 from stochdyn.guides.plates import Place
 from stochdyn.guides.signature import same, series_signature
 from stochdyn.guides.sites import centre_and_spread
+from stochdyn.guides.upstream import beside, series_around
 from stochdyn.paths import SDEPath
 
 _DRAWS = 50
@@ -32,6 +33,14 @@ class Head(nn.Sequential):
             self[2].weight.zero_()
             self[2].bias.copy_(start)
         return self
+
+
+def prior_scale(prior: SDEPath) -> tuple[Tensor, Tensor]:
+    """Median and spread of every state of a path, (state,) each, over its times and some draws."""
+    draws = prior.guided()
+    draws._validate_args = False  # a prior may explode; what stays finite tells the scale
+    rows = draws.rsample((math.ceil(_DRAWS / max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
+    return centre_and_spread(rows[torch.isfinite(rows).all(-1)])
 
 
 class PathSite(nn.Module):
@@ -74,10 +83,7 @@ class PathSite(nn.Module):
         cls, family: AbstractMessageFamily, prior: SDEPath, place: Place, features: int | None, hidden: int
     ) -> "PathSite":
         """A new one; `features` is None without an encoder."""
-        draws = prior.guided()
-        draws._validate_args = False  # a prior may explode; what stays finite tells the scale
-        rows = draws.rsample((math.ceil(_DRAWS / max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
-        scale = centre_and_spread(rows[torch.isfinite(rows).all(-1)])
+        scale = prior_scale(prior)
         shape, points = place.table_shape(prior.batch_shape), prior.event_shape[0]
         start = family.start(prior.event_shape[-1]).to(scale[1])
         if features is None:
@@ -114,8 +120,8 @@ class PathSite(nn.Module):
         """The estimate of the path, if all members of this run are on their own grid with their own data."""
         if not place.fits(self.seen, 0) or ts.shape[-1] > self.grid.shape[-1]:
             return None
-        same = self._own(place, signature) & (self._grid(ts, place) == ts.to(self.grid.device)).all(-1)
-        return place.take(self.around, 2)[..., : ts.shape[-1], :].clone() if bool(same.all()) else None
+        known = self._own(place, signature) & (self._grid(ts, place) == ts.to(self.grid.device)).all(-1)
+        return place.take(self.around, 2)[..., : ts.shape[-1], :].clone() if bool(known.all()) else None
 
     def _own(self, place: Place, signature: Tensor) -> Tensor:
         """Which members of this run have their own data, up to rounding."""
@@ -221,30 +227,17 @@ class PathSite(nn.Module):
         Raises:
             GuideError: if the data are not a `Series`, or the path is not in the plate over its series.
         """
-        batch = run.args[0] if run.args else None
-        if not isinstance(batch, Series):
-            raise GuideError(
-                f"path site '{place.name}': the encoder needs a Series as the model's first argument, got "
-                f"{type(batch).__name__}. Call model(batch), or use encoder=None."
-            )
-        if not any(frame.dim == -1 and frame.size == len(batch) for frame in place.frames):
-            raise GuideError(
-                f"path site '{place.name}' stands in plates {place.sizes()}, and the encoder gives one encoding for "
-                f"each of {len(batch)} series. Sample it inside batch.plate('series'), or use encoder=None."
-            )
+        batch = series_around(place, run.args)
         if self.head is None:
             raise GuideError(f"path site '{place.name}': this guide was made without an encoder.")
         encoding, ahead, valid = align(run.encoded(encoder), batch, prior.ts)
         encoding, ahead = encoding.to(self.unit), ahead.to(self.unit)
         dt = torch.nn.functional.pad(prior.ts.diff(dim=-1), (0, 1)).to(ahead).expand(ahead.shape)
         upstream = run.upstream(place)
-        lead = torch.broadcast_shapes(*[v.shape[:-1] for v in upstream], encoding.shape[:-2])
-        rest = [torch.stack([ahead, dt], -1)] + [v[..., None, :] for v in upstream]
-        rest = [p.expand(*lead, encoding.shape[-2], p.shape[-1]) for p in rest]
-        encoding = encoding.expand(*lead, *encoding.shape[-2:])
-        numbers = self.head(torch.cat([encoding, *rest], -1))
+        rest = [torch.stack([ahead, dt], -1), *[v[..., None, :] for v in upstream]]
+        numbers = self.head(beside(encoding, *rest))
         if not upstream:
             return numbers, numbers.detach(), valid
         own = {name: p.detach() for name, p in self.head.named_parameters()}
-        score = torch.func.functional_call(self.head, own, torch.cat([encoding.detach(), *rest], -1))
+        score = torch.func.functional_call(self.head, own, beside(encoding.detach(), *rest))
         return numbers, score, valid

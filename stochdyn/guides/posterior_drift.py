@@ -2,21 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn.data import Series
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.fields import Field, NeuralField, evaluate
 from stochdyn.guides.messages import AbstractPathFamily, FreeMessage, masked
+from stochdyn.guides.passes import Run
 from stochdyn.guides.plates import Place
+from stochdyn.guides.upstream import beside, series_around
 from stochdyn.paths import Compiled, GuidedPath, Message, SDEPath
-
-if TYPE_CHECKING:
-    from stochdyn.guides.passes import Run
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ class DriftSite(nn.Module):
         encoder: AbstractEncoder | None,
         prior: SDEPath,
         place: Place,
-        run: "Run",
+        run: Run,
         loop: Compiled | None = None,
     ) -> GuidedPath:
         """The guided path of this run.
@@ -104,12 +101,12 @@ class DriftSite(nn.Module):
         Raises:
             GuideError: without an encoder or a `Series`.
         """
-        batch = run.args[0] if run.args else None
-        if encoder is None or not isinstance(batch, Series):
+        if encoder is None:
             raise GuideError(
-                f"path site '{place.name}': PosteriorDrift needs an encoder, and a Series as the model's first "
-                "argument. Use sd.GRUEncoder(...), or FreeMessage() without an encoder."
+                f"path site '{place.name}': this guide was made with an encoder, and has none now. Use "
+                "sd.GRUEncoder(...), or FreeMessage() without one."
             )
+        batch = series_around(place, run.args)
         code = run.encoded(encoder).to(self.start.weight)
         code = code if self.reduce is None else self.reduce(code)
         context, _, valid = align(code, batch, prior.ts)
@@ -117,18 +114,16 @@ class DriftSite(nn.Module):
         scored = context.detach()
         if upstream:
             rest = [v[..., None, :] for v in upstream]
-            context, scored = _beside(context, *rest), _beside(scored, *rest)
+            context, scored = beside(context, *rest), beside(scored, *rest)
         first = masked(self._message(self.start, context), valid[..., :1])
         score = masked(self._message(_detached(self.start), scored), valid[..., :1])
         context, scored, valid = _next(context, -2), _next(scored, -2), _next(valid, -1)
         drift: Field = self.drift
         if not bool(valid.all()):
-            drift, loop = (
-                Until(self.drift, prior),
-                None,
-            )  # new in every run: a compiled loop would compile it anew
+            drift = Until(self.drift, prior)
+            loop = None  # the drift is new in every run, so a compiled loop would compile it anew
             rest = [*own_context(prior), valid[..., None].to(context)]
-            context, scored = _beside(context, *rest), _beside(scored, *rest)
+            context, scored = beside(context, *rest), beside(scored, *rest)
         return prior.guided(
             first, drift=drift, context=context, score_message=score, score_context=scored, loop=loop
         )
@@ -167,11 +162,6 @@ def own_context(prior: SDEPath) -> list[Tensor]:
 def _next(x: Tensor, dim: int) -> Tensor:
     """What every step is led by: what is seen after its start."""
     return torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, x.shape[dim] - 1, 1)], dim)
-
-
-def _beside(*parts: Tensor) -> Tensor:
-    lead = torch.broadcast_shapes(*[p.shape[:-1] for p in parts])
-    return torch.cat([p.expand(*lead, p.shape[-1]) for p in parts], -1)
 
 
 def _detached(linear: nn.Linear) -> nn.Module:

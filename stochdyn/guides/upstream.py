@@ -2,16 +2,51 @@
 
 from typing import Any
 
+import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from stochdyn.data import Series
+from stochdyn.errors import GuideError
 from stochdyn.guides.plates import Place
 
 
 def series_of(args: tuple[Any, ...]) -> Series | None:
     """The data that an encoder reads: the first argument, if it is a `Series`."""
     return args[0] if args and isinstance(args[0], Series) else None
+
+
+def series_around(place: Place, args: tuple[Any, ...]) -> Series:
+    """The data whose series the path of a site belongs to, one each.
+
+    Raises:
+        GuideError: if the data are not a `Series`, or the path is not in the plate over its series.
+    """
+    batch = series_of(args)
+    if batch is None:
+        raise GuideError(
+            f"path site '{place.name}': its guide needs a Series as the model's first argument, got "
+            f"{type(args[0]).__name__ if args else 'nothing'}. "
+            "Call model(batch), or use FreeMessage() without an encoder."
+        )
+    if not any(frame.dim == -1 and frame.size == len(batch) for frame in place.frames):
+        raise GuideError(
+            f"path site '{place.name}' stands in plates {place.sizes()}, and its guide gives one posterior for each of "
+            f"{len(batch)} series. Sample it inside batch.plate('series'), or use encoder=None and FreeMessage()."
+        )
+    return batch
+
+
+def beside(*parts: Tensor) -> Tensor:
+    """Tensors (*batch, size) of any batch shapes that broadcast, side by side in the last dimension.
+
+    Example:
+        >>> import torch
+        >>> beside(torch.zeros(4, 3), torch.ones(5, 1, 2)).shape
+        torch.Size([5, 4, 5])
+    """
+    lead = torch.broadcast_shapes(*[p.shape[:-1] for p in parts])
+    return torch.cat([p.expand(*lead, p.shape[-1]) for p in parts], -1)
 
 
 def group_frame(place: Place, batch: Series) -> CondIndepStackFrame | None:

@@ -42,11 +42,11 @@ class StepInputs:
 class Compiled:
     """Compile the loop over time in chunks of some steps with `torch.compile`; opt-in.
 
-    Worth it for networks in the drift, small batches and long trainings: the first step waits for the compiler (tens of
-    seconds per chunk length and batch size; the time is kept in `seconds`), every later one is two to three times
-    faster. For diagonal noise and diagonal messages or none; other loops run as they are. Drift and diffusion must be
-    modules: what is compiled is kept per module. Where no compiler is found, or it fails, one warning is given and the
-    loop runs as it is.
+    Worth it for networks in the drift, small batches and long trainings: the first step waits for the compiler (a
+    minute or more per chunk length and batch size; the time is kept in `seconds`), later ones are faster. For diagonal
+    noise and diagonal messages or none; other loops run as they are. Drift and diffusion must be modules: what is
+    compiled is kept per module. Where no compiler is found, or it fails, one warning is given and the loop runs as it
+    is.
 
     Args:
         chunk: steps per chunk. More run faster and compile longer.

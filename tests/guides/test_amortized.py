@@ -166,7 +166,7 @@ def test_a_path_shared_by_a_mini_batch_is_refused():
     guide = sd.AmortizedGuide(model, paths=sd.FreeMessage())
     guide(batch)
     guide(batch[:2])
-    with pytest.raises(GuideError, match=r"encoder gives one encoding for each of 4 series"):
+    with pytest.raises(GuideError, match=r"its guide gives one posterior for each of 4 series"):
         sd.AmortizedGuide(model, sd.GRUEncoder(1, hidden=4))(batch)
 
 

@@ -153,5 +153,5 @@ def test_without_a_series():
         pyro.sample("z", ou_path(ts, 1.5, 0.5, 0.8))
         pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
 
-    with pytest.raises(sd.GuideError, match="Marginals needs a Series"):
+    with pytest.raises(sd.GuideError, match="needs a Series as the model's first argument"):
         sd.AmortizedGuide(model, paths=sd.Marginals())()

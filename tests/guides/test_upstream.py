@@ -2,11 +2,13 @@
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 
 from stochdyn.guides.plates import Place, key_of
 from stochdyn.guides.upstream import (
+    beside,
     for_path,
     for_series,
     group_frame,
@@ -90,3 +92,12 @@ def test_the_series_are_the_first_argument():
 def test_keys_of_sites():
     assert key_of("a.b") == "a__b"
     assert key_of("keys") == "keys__"
+
+
+def test_beside_broadcasts_the_batches():
+    x, y = torch.randn(4, 3), torch.randn(5, 1, 2)
+    both = beside(x, y)
+    assert both.shape == (5, 4, 5)
+    assert torch.equal(both[2, 1], torch.cat([x[1], y[2, 0]]))
+    with pytest.raises(RuntimeError):
+        beside(x, torch.randn(3, 2))
