@@ -62,6 +62,10 @@ def simulate(clinics: int, patients: int, seed: int) -> tuple[sd.Series, torch.T
 # %% [markdown]
 # The guide: rates are amortised over patients, levels over clinics. The message of a clinic is the product of the
 # messages of its patients. Paths get the information filter, which knows the rate that was drawn.
+#
+# Five minutes of training. With a quarter of it the intervals of the patients trained on are too narrow (83 % for 90 %,
+# then 92 %). Those of patients never seen stay so (78 %): two hundred patients are few to learn an encoder from. Train on
+# more of them, simulated ones if need be, before trusting intervals of new ones; `sd.sbc` tells.
 
 
 # %%
@@ -82,7 +86,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     guide = sd.AmortizedGuide(
         model, sd.SetEncoder(obs_dim=1, hidden=32), amortize={"rate": "patient", "clinic_level": "clinic"}
     )
-    fit = sd.fit(model, guide, data, steps=10 if smoke else 600, lr=0.01)
+    fit = sd.fit(model, guide, data, steps=10 if smoke else 2500, lr=0.01)
     print(fit)
 
     from matplotlib import pyplot as plt
