@@ -63,9 +63,9 @@ def simulate(clinics: int, patients: int, seed: int) -> tuple[sd.Series, torch.T
 # The guide: rates are amortised over patients, levels over clinics. The message of a clinic is the product of the
 # messages of its patients. Paths get the information filter, which knows the rate that was drawn.
 #
-# Five minutes of training. With a quarter of it the intervals of the patients trained on are too narrow (83 % for 90 %,
-# then 92 %). Those of patients never seen stay so (78 %): two hundred patients are few to learn an encoder from. Train on
-# more of them, simulated ones if need be, before trusting intervals of new ones; `sd.sbc` tells.
+# Five minutes of training. With a quarter of it the intervals of the patients trained on are too narrow (83 % for
+# 90 %, then 92 %). Those of patients never seen stay so (78 %): two hundred patients are few to learn an encoder from.
+# Train on more of them, simulated ones if need be, before trusting intervals of new ones; `sd.sbc` tells.
 
 
 # %%
