@@ -10,6 +10,7 @@ from torch.distributions import constraints, kl_divergence
 from stochdyn.errors import DiffusionError, GuideError
 from stochdyn.fields import AbstractDiffusion, ElementwiseField, evaluate
 from stochdyn.paths.chain import Chain, lift
+from stochdyn.paths.drifts import block_length
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.message import Message
 from stochdyn.paths.noise import AbstractNoise, DiagonalNoise, matvec
@@ -78,6 +79,13 @@ class Bridge:
         loc, slopes = (again(self.loc[0]), again(self.loc[1])), (again(self.slopes[0]), again(self.slopes[1]))
         rest = [again(x) for x in (self.S0, self.S1, self.C, self.reference)]
         return Bridge(again(self.start), again(self.length), loc, slopes, *rest)
+
+    def split(self, size: int) -> "list[Bridge]":
+        """Blocks of so many gaps."""
+        loc, slopes = (zip(*(x.split(size) for x in pair), strict=True) for pair in (self.loc, self.slopes))
+        rest = (x.split(size) for x in (self.S0, self.S1, self.C, self.reference))
+        parts = zip(self.start.split(size), self.length.split(size), loc, slopes, *rest, strict=True)
+        return [Bridge(*part) for part in parts]
 
     def mean(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The cubic through both ends with their slopes, and its derivative in time; w is (gap, *batch, 1)."""
@@ -287,7 +295,11 @@ class MarginalPath(dist.TorchDistribution):
             1 - _DENSER * turn.cos(),
         )
         many = bridge.repeat(times)
-        return self._kl_start() + ((many.length * weight)[..., 0] * self._rate(many, w)).sum(0) / times
+        size = block_length(many.loc[0])
+        rate = torch.cat(
+            [self._rate(part, x) for part, x in zip(many.split(size), w.split(size), strict=True)]
+        )
+        return self._kl_start() + ((many.length * weight)[..., 0] * rate).sum(0) / times
 
     def _rate(self, bridge: Bridge, w: Tensor) -> Tensor:
         """An unbiased estimate of E |g^-1 (f - h)|^2 / 2 at a time in every gap; 0 in gaps of length zero."""
