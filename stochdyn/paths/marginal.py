@@ -225,7 +225,9 @@ class MarginalPath(dist.TorchDistribution):
         # Where the noise depends on the state any reference makes a posterior, so it needs no gradient; a constant one
         # is the prior's own.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.chain.diffusion.constant):
-            reference = self._noise(bare.time(half), bare.mean(half)[0]).covariance()
+            size = block_length(loc)
+            parts = zip(bare.time(half).split(size), bare.mean(half)[0].split(size), strict=True)
+            reference = torch.cat([self._noise(t, m).covariance() for t, m in parts])
         return Bridge(start, length, *ends, reference)
 
     def _context(self, t: Tensor) -> Tensor | None:
