@@ -44,7 +44,7 @@ from torch import Tensor, nn
 import stochdyn as sd
 
 HERE = Path(__file__).parent
-CHECK_EVERY, DRAWS, PATIENCE = 25, 4, 2.0
+CHECK_EVERY, DRAWS, PATIENCE = 25, 4, 1.0
 Clock = Callable[[], float]
 
 

@@ -289,16 +289,18 @@ class AmortizedGuide(nn.Module):
             # The call stores the grid; the centre is a constant, so that the messages mean the same on any grid.
             self._around(PathReached(name, prior, place), run, lambda: prior_mode(prior))
             around = site.centre
+        reading = None
         if self.encoder is None:
             signature = site.signature_of(run.args, prior.batch_shape)
             numbers, valid = site.table_numbers(prior.ts, place, signature, learning=self._learning())
             seen_by_score = numbers.detach()
         else:
-            numbers, seen_by_score, valid = site.encoded_numbers(self.encoder, prior, place, run)
+            reading = site.read(self.encoder, prior, place, run)
+            (numbers, seen_by_score), valid = site.encoded_numbers(reading), reading.valid
         build = self.family.build
         message = masked(build(numbers, site.unit, around, base), valid)
         score = masked(build(seen_by_score, site.unit, around, base), valid)
-        return prior.guided(message, score_message=score, loop=self.loop)
+        return prior.guided(message, score_message=score, loop=self.loop, **site.controlled(reading))
 
     def _path_site(self, name: str) -> PathSite:
         if key_of(name) not in self.paths:

@@ -1,7 +1,8 @@
 """How a guide makes the messages of a path: from the information filter with a learned correction, or from nothing."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ class AbstractPathFamily:
 
 @dataclass(frozen=True)
 class AbstractMessageFamily(AbstractPathFamily, ABC):
-    """Guiding by messages: what the learned numbers of every grid time mean."""
+    """Guiding by messages: what the learned numbers of every grid time mean.
+
+    `control` are the widths of the hidden layers of a control network, or None for none.
+    """
+
+    control: Sequence[int] | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def numbers(self, state: int) -> int:
@@ -40,9 +46,14 @@ class FilterMessage(AbstractMessageFamily):
     rescales the precision, J -> C J C', and shifts the centre; it starts at nothing. Exact, untrained, for models
     whose path is linear-Gaussian given the other latents.
 
+    Beside the messages a control may act: a network of the state and of the encoding, in noise units, which starts at
+    nothing. It adds what messages cannot say, pulls that depend on the state otherwise than linearly. It does not cure
+    the ELBO's taste for one mode: where two ways explain the data equally well, training settles on one of them.
+
     Args:
         refine: relinearisations when a series is first seen (an iterated smoother).
         follow: in training, how fast the point of linearisation follows the sampled paths.
+        control: widths of the hidden layers of a control network; None for none. It needs an encoder.
 
     Example:
         >>> import stochdyn as sd
@@ -78,6 +89,7 @@ class FreeMessage(AbstractMessageFamily):
     Args:
         rank: None for a full precision, 0 for a diagonal one, r for diagonal plus rank r.
         init: initial precision, in units of the prior's.
+        control: widths of the hidden layers of a control network, see `FilterMessage`; None for none.
 
     Example:
         >>> import stochdyn as sd

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from stochdyn.data import Series
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
+from stochdyn.guides.control import ControlNet
 from stochdyn.guides.messages import AbstractMessageFamily
 from stochdyn.guides.passes import Run
 from stochdyn.guides.plates import Place
@@ -65,10 +67,11 @@ class PathSite(nn.Module):
         scale: tuple[Tensor, Tensor],
         numbers: Tensor | None,
         head: Head | None,
+        control: ControlNet | None = None,
     ) -> None:
         super().__init__()
         self.numbers = None if numbers is None else nn.Parameter(numbers)
-        self.head = head
+        self.head, self.control = head, control
         (centre, unit), state = scale, len(scale[0])
         self.register_buffer("centre", centre)
         self.register_buffer("unit", unit)
@@ -82,13 +85,25 @@ class PathSite(nn.Module):
     def begin(
         cls, family: AbstractMessageFamily, prior: SDEPath, place: Place, features: int | None, hidden: int
     ) -> "PathSite":
-        """A new one; `features` is None without an encoder."""
-        scale = prior_scale(prior)
+        """A new one; `features` is None without an encoder.
+
+        Raises:
+            GuideError: for a control without an encoder.
+        """
+        scale, widths = prior_scale(prior), family.control
+        if widths is not None and features is None:
+            raise GuideError(
+                f"path site '{place.name}': control={tuple(widths)} needs an encoder, sd.GRUEncoder(...): the control "
+                "depends on what follows. Without one leave it out."
+            )
         shape, points = place.table_shape(prior.batch_shape), prior.event_shape[0]
         start = family.start(prior.event_shape[-1]).to(scale[1])
         if features is None:
             return cls(shape, points, scale, start.expand(*shape, points, -1).clone(), None)
-        return cls(shape, points, scale, None, Head(features, hidden, len(start)).to(start).begin(start))
+        head, control = Head(features, hidden, len(start)).to(start).begin(start), None
+        if widths is not None:
+            control = ControlNet(len(scale[1]), prior.chain.noise_dim, features, widths, scale)
+        return cls(shape, points, scale, None, head, control)
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> "PathSite":
@@ -100,7 +115,8 @@ class PathSite(nn.Module):
         numbers = None if "numbers" not in state else torch.zeros_like(state["numbers"])
         shape, points = state["seen"].shape, state["around"].shape[-2]
         scale = torch.zeros_like(state["centre"]), torch.zeros_like(state["unit"])
-        return cls(shape, points, scale, numbers, head)
+        own = {k.removeprefix("control."): v for k, v in state.items() if k.startswith("control.")}
+        return cls(shape, points, scale, numbers, head, ControlNet.of_state(own) if own else None)
 
     @property
     def plates(self) -> int:
@@ -218,11 +234,8 @@ class PathSite(nn.Module):
                 "new guide."
             )
 
-    def encoded_numbers(
-        self, encoder: AbstractEncoder, prior: SDEPath, place: Place, run: Run
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The numbers from the encoder (*batch, time, numbers), the same with only the guide's own parameters
-        detached, and where an observation follows (*batch, time).
+    def read(self, encoder: AbstractEncoder, prior: SDEPath, place: Place, run: Run) -> "Reading":
+        """What the networks of this site get in a run.
 
         Raises:
             GuideError: if the data are not a `Series`, or the path is not in the plate over its series.
@@ -235,9 +248,43 @@ class PathSite(nn.Module):
         dt = torch.nn.functional.pad(prior.ts.diff(dim=-1), (0, 1)).to(ahead).expand(ahead.shape)
         upstream = run.upstream(place)
         rest = [torch.stack([ahead, dt], -1), *[v[..., None, :] for v in upstream]]
-        numbers = self.head(beside(encoding, *rest))
-        if not upstream:
-            return numbers, numbers.detach(), valid
+        features = beside(encoding, *rest)
+        scored = beside(encoding.detach(), *rest) if upstream else features.detach()
+        return Reading(features, scored, valid, bool(upstream))
+
+    def encoded_numbers(self, reading: "Reading") -> tuple[Tensor, Tensor]:
+        """The numbers (*batch, time, numbers), and the same with only the guide's own parameters detached."""
+        assert self.head is not None
+        numbers = self.head(reading.features)
+        if not reading.upstream:
+            return numbers, numbers.detach()
         own = {name: p.detach() for name, p in self.head.named_parameters()}
-        score = torch.func.functional_call(self.head, own, beside(encoding.detach(), *rest))
-        return numbers, score, valid
+        return numbers, torch.func.functional_call(self.head, own, reading.scored)
+
+    def controlled(self, reading: "Reading | None") -> dict[str, Any]:
+        """The arguments of `SDEPath.guided` for the control of this site, where it has one."""
+        if self.control is None or reading is None:
+            return {}
+        ahead = shifted(reading.valid, -1)[..., None].to(self.unit)
+        context, scored = (beside(shifted(x, -2), ahead) for x in (reading.features, reading.scored))
+        return {"control": self.control, "context": context, "score_context": scored}
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a site's networks get: (*batch, time, feature), the same as a score sees it, and where something follows."""
+
+    features: Tensor
+    scored: Tensor
+    valid: Tensor
+    upstream: bool
+
+
+def shifted(x: Tensor, dim: int) -> Tensor:
+    """What every step is led by: what is seen after its start; the last stays.
+
+    Example:
+        >>> shifted(torch.tensor([1, 2, 3]), -1)
+        tensor([2, 3, 3])
+    """
+    return torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, x.shape[dim] - 1, 1)], dim)

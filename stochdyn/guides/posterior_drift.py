@@ -11,6 +11,7 @@ from stochdyn.errors import GuideError
 from stochdyn.fields import Field, NeuralField, evaluate
 from stochdyn.guides.messages import AbstractPathFamily, FreeMessage, masked
 from stochdyn.guides.passes import Run
+from stochdyn.guides.path_site import shifted
 from stochdyn.guides.plates import Place
 from stochdyn.guides.upstream import beside, series_around
 from stochdyn.paths import Compiled, GuidedPath, Message, SDEPath
@@ -117,7 +118,7 @@ class DriftSite(nn.Module):
             context, scored = beside(context, *rest), beside(scored, *rest)
         first = masked(self._message(self.start, context), valid[..., :1])
         score = masked(self._message(_detached(self.start), scored), valid[..., :1])
-        context, scored, valid = _next(context, -2), _next(scored, -2), _next(valid, -1)
+        context, scored, valid = shifted(context, -2), shifted(scored, -2), shifted(valid, -1)
         drift: Field = self.drift
         if not bool(valid.all()):
             drift = Until(self.drift, prior)
@@ -157,11 +158,6 @@ def own_context(prior: SDEPath) -> list[Tensor]:
     """The context of a path's own fields, (*batch, time or 1, context_dim), where it has one."""
     own = prior.chain._context
     return [] if own is None else [own.movedim(0, -2)]
-
-
-def _next(x: Tensor, dim: int) -> Tensor:
-    """What every step is led by: what is seen after its start."""
-    return torch.cat([x.narrow(dim, 1, x.shape[dim] - 1), x.narrow(dim, x.shape[dim] - 1, 1)], dim)
 
 
 def _detached(linear: nn.Linear) -> nn.Module:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.paths.drifts import Drifts, in_time
+from stochdyn.paths.drifts import Drifts, in_blocks, in_time
 
 F64 = torch.float64
 STEPS, BATCH, STATE, CONTEXT = 4, 6, 2, 3
@@ -79,3 +79,36 @@ def test_in_time():
     assert torch.equal(in_time(x, 4), x[:4])
     assert in_time(x[:1], 4).shape == (1, 1)
     assert in_time(None, 4) is None
+
+
+@pytest.mark.parametrize("kind", ["prepared", "function"])
+@pytest.mark.parametrize("context", ["timed", "static"])
+def test_blocks_change_nothing(kind, context, monkeypatch):
+    """Values and gradients in blocks of times are those of one call; the blocks are really made."""
+    f, (t, z, c) = field(kind), inputs(context)
+    weights = torch.randn(z.shape, dtype=F64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for rows in (10**6, 2 * BATCH, BATCH // 2):
+        monkeypatch.setattr("stochdyn.paths.drifts._ROWS", rows)
+        x, own = z.clone().requires_grad_(), c.clone().requires_grad_()
+        value = Drifts(f, own, STEPS).at_once()(t, x)
+        found.append((value, *torch.autograd.grad((value * weights).sum(), (x, own))))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-13)
+    calls = []
+    monkeypatch.setattr("stochdyn.paths.drifts._ROWS", 2 * BATCH)
+    in_blocks(lambda s, x, y: calls.append(x.shape[0]) or x, t, z, None)
+    assert calls == [2, 2]
+
+
+def test_blocks_of_a_field_that_returns_less():
+    """A drift without the time, or with one number for all states, is widened to the states."""
+    z = torch.randn(5, 3000, 2)
+    t = torch.arange(5.0)[:, None, None]
+    assert in_blocks(lambda t, z, c: torch.ones(2), t, z, None).shape == z.shape
+    one = in_blocks(lambda t, z, c: z[..., :1], t, z, None)
+    assert torch.equal(one, z[..., :1].expand(z.shape))
+
+
+def test_no_steps():
+    assert in_blocks(lambda t, z, c: z, torch.zeros(0, 1, 1), torch.zeros(0, 3, 2), None).shape == (0, 3, 2)
