@@ -47,9 +47,9 @@ class FilterMessage(AbstractMessageFamily):
     whose path is linear-Gaussian given the other latents.
 
     Beside the messages a control may act: a network of the state and of the encoding, in noise units, which starts at
-    nothing. It adds what messages cannot say: pulls that depend on the state otherwise than linearly, or (beside diagonal
-    messages) on the other states. It does not cure the ELBO's taste for one mode: where two ways explain the data
-    equally well, training settles on one of them.
+    nothing. It adds what messages cannot say: pulls that depend on the state otherwise than linearly, or, beside
+    diagonal messages, on the other states. It does not cure the ELBO's taste for one mode: where two ways explain the
+    data equally well, training settles on one of them.
 
     Args:
         refine: relinearisations when a series is first seen (an iterated smoother).
