@@ -58,7 +58,8 @@ class AmortizedGuide(nn.Module):
             the product of the messages of a group's members. Other latents in plates have a posterior per member.
         latents: the family of the other latents, `FullRank()`, `MeanField()` or `Flow()`.
         hidden: width of the head that turns an encoding into a message.
-        loop: `Compiled()` compiles the loop over time of the guided paths; None runs it step by step.
+        loop: `Compiled()` compiles the loop over time of the guided paths (without a control); None runs it step by
+            step.
 
     Raises:
         GuideError: for `amortize` without an encoder; when called, for a discrete latent that is not enumerated, an
@@ -77,7 +78,7 @@ class AmortizedGuide(nn.Module):
         ...     theta = pyro.sample("theta", dist.LogNormal(0.0, 0.5))
         ...     grid = sd.TimeGrid(batch.times)
         ...     with batch.plate("series"):
-        ...         z = pyro.sample("z", sd.SDEPath(lambda t, z: -theta[..., None, None] * z, torch.tensor([0.3]),
+        ...         z = pyro.sample("z", sd.SDEPath(lambda t, z: -theta[..., None] * z, torch.tensor([0.3]),
         ...                                         dist.Normal(torch.zeros(1), 1.0).to_event(1), grid.ts))
         ...         seen = dist.Normal(grid.observed(z), 0.1).mask(batch.mask).to_event(2)
         ...         pyro.sample("y", seen, obs=batch.values)
@@ -213,6 +214,8 @@ class AmortizedGuide(nn.Module):
         for group, kind in (("paths", _path_site_kind), ("locals", lambda _: LocalNormal)):
             modules, states = getattr(self, group), _grouped(state_dict, f"{prefix}{group}.")
             for key, state in states.items():
+                if group == "paths":
+                    self._check_control(key, state)
                 if key not in modules or not _same_shapes(modules[key], state):
                     modules[key] = kind(state).of_state(state)
         state = _grouped(state_dict, prefix).get("joint")
@@ -221,6 +224,19 @@ class AmortizedGuide(nn.Module):
             self.joint = JointFlow.of_state(state, self.latents) if flow else JointNormal.of_state(state)
         self._plates = None
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_control(self, key: str, state: Mapping[str, Tensor]) -> None:
+        stored, wanted = (
+            any(k.startswith("control.") for k in state),
+            getattr(self.family, "control", None) is not None,
+        )
+        if stored != wanted:
+            has, own = (
+                ("a control", "none") if stored else ("no control", f"control={tuple(self.family.control)}")
+            )  # type: ignore
+            raise GuideError(
+                f"The state of path site '{key}' has {has}, this guide was made with {own}. Make it with the same `paths`."
+            )
 
     # Posteriors.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from stochdyn.errors import GuideError
 from stochdyn.paths import Message
 
 
@@ -23,6 +24,17 @@ class AbstractMessageFamily(AbstractPathFamily, ABC):
     """
 
     control: Sequence[int] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        widths = self.control
+        if widths is None or (
+            isinstance(widths, Sequence) and all(isinstance(w, int) and w > 0 for w in widths)
+        ):
+            return
+        raise GuideError(
+            f"{type(self).__name__}: `control` must be the widths of hidden layers, got {widths!r}. Write "
+            "control=(32, 32)."
+        )
 
     @abstractmethod
     def numbers(self, state: int) -> int:
@@ -54,7 +66,11 @@ class FilterMessage(AbstractMessageFamily):
     Args:
         refine: relinearisations when a series is first seen (an iterated smoother).
         follow: in training, how fast the point of linearisation follows the sampled paths.
-        control: widths of the hidden layers of a control network; None for none. It needs an encoder.
+        control: widths of the hidden layers of a control network; None for none. It needs an encoder, and runs
+            uncompiled.
+
+    Raises:
+        GuideError: if `control` is not a sequence of positive integers.
 
     Example:
         >>> import stochdyn as sd
@@ -91,6 +107,9 @@ class FreeMessage(AbstractMessageFamily):
         rank: None for a full precision, 0 for a diagonal one, r for diagonal plus rank r.
         init: initial precision, in units of the prior's.
         control: widths of the hidden layers of a control network, see `FilterMessage`; None for none.
+
+    Raises:
+        GuideError: if `control` is not a sequence of positive integers.
 
     Example:
         >>> import stochdyn as sd

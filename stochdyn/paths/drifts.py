@@ -88,12 +88,8 @@ def in_blocks(
         return x.split(block) if x is not None and x.shape[0] == times else [x] * -(-times // block)
 
     parts = [function(*part) for part in zip(rows(t), rows(z), rows(given), strict=True)]
-    return torch.cat(
-        [
-            part.expand(torch.broadcast_shapes(part.shape, x.shape))
-            for part, x in zip(parts, z.split(block), strict=True)
-        ]
-    )
+    lead = [torch.broadcast_shapes(p.shape[:-1], x.shape[:-1]) for p, x in zip(parts, rows(z), strict=True)]
+    return torch.cat([part.expand(*shape, part.shape[-1]) for part, shape in zip(parts, lead, strict=True)])
 
 
 def block_length(z: Tensor) -> int:

@@ -48,7 +48,7 @@ def sampled(guide, batch):
 def test_it_starts_at_nothing(family):
     batch = crossings(4)
     bare, controlled = (guide_of(family(control=c), batch) for c in (None, (8,)))
-    controlled.load_state_dict({**controlled.state_dict(), **bare.state_dict()})
+    controlled.load_state_dict({**controlled.state_dict(), **bare.state_dict()})  # the control stays its own
     torch.testing.assert_close(sampled(controlled, batch), sampled(bare, batch))
     with torch.no_grad():
         controlled.paths["z"].control.net.net.layers[-1].bias.fill_(1.0)
@@ -94,6 +94,37 @@ def test_saved_and_loaded():
 def test_it_needs_an_encoder():
     with pytest.raises(sd.GuideError, match=r"control=\(8,\) needs an encoder"):
         sd.AmortizedGuide(crossing, paths=sd.FreeMessage(control=(8,)))(crossings(2))
+
+
+@pytest.mark.parametrize("control", [8, (8, 0), "wide"])
+def test_what_is_no_widths_is_refused(control):
+    with pytest.raises(sd.GuideError, match=r"Write control=\(32, 32\)"):
+        sd.FilterMessage(control=control)
+
+
+def test_a_state_of_another_family_is_refused():
+    batch = crossings(2)
+    with_control, without = (guide_of(sd.FreeMessage(control=c), batch) for c in ((8,), None))
+    for guide, other in ((with_control, without), (without, with_control)):
+        with pytest.raises(sd.GuideError, match="Make it with the same `paths`"):
+            guide.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(("states", "noises"), [(2, 1), (4, 2), (2, 2)])
+def test_a_control_of_fewer_noises_than_states_in_blocks(states, noises, monkeypatch):
+    """The density does not depend on how many times the fields are called for at once."""
+    torch.manual_seed(0)
+    net = sd.MLP(states, noises, hidden=(4,)).double()
+    noise = sd.MatrixDiffusion(0.5 * torch.eye(states, dtype=F64)[:, :noises])
+    prior = sd.SDEPath(
+        lambda t, z: -z, noise, torch.zeros(6, states, dtype=F64), torch.linspace(0, 1, 11).double()
+    )
+    q = prior.guided(control=lambda t, z: net(z))
+    value, found = q.rsample(), []
+    for rows in (10**6, 12):
+        monkeypatch.setattr("stochdyn.paths.drifts._ROWS", rows)
+        found.append((q.log_prob(value), torch.distributions.kl_divergence(q, prior)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow
