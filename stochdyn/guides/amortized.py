@@ -226,16 +226,11 @@ class AmortizedGuide(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _check_control(self, key: str, state: Mapping[str, Tensor]) -> None:
-        stored, wanted = (
-            any(k.startswith("control.") for k in state),
-            getattr(self.family, "control", None) is not None,
-        )
-        if stored != wanted:
-            has, own = (
-                ("a control", "none") if stored else ("no control", f"control={tuple(self.family.control)}")
-            )  # type: ignore
+        stored, own = any(k.startswith("control.") for k in state), getattr(self.family, "control", None)
+        if stored != (own is not None):
             raise GuideError(
-                f"The state of path site '{key}' has {has}, this guide was made with {own}. Make it with the same `paths`."
+                f"The state of path site '{key}' has {'a' if stored else 'no'} control, this guide was made with "
+                f"control={own}. Make it with the same `paths`."
             )
 
     # Posteriors.
