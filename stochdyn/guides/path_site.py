@@ -241,8 +241,6 @@ class PathSite(nn.Module):
             GuideError: if the data are not a `Series`, or the path is not in the plate over its series.
         """
         batch = series_around(place, run.args)
-        if self.head is None:
-            raise GuideError(f"path site '{place.name}': this guide was made without an encoder.")
         encoding, ahead, valid = align(run.encoded(encoder), batch, prior.ts)
         encoding, ahead = encoding.to(self.unit), ahead.to(self.unit)
         dt = torch.nn.functional.pad(prior.ts.diff(dim=-1), (0, 1)).to(ahead).expand(ahead.shape)
@@ -253,8 +251,13 @@ class PathSite(nn.Module):
         return Reading(features, scored, valid, bool(upstream))
 
     def encoded_numbers(self, reading: "Reading") -> tuple[Tensor, Tensor]:
-        """The numbers (*batch, time, numbers), and the same with only the guide's own parameters detached."""
-        assert self.head is not None
+        """The numbers (*batch, time, numbers), and the same with only the guide's own parameters detached.
+
+        Raises:
+            GuideError: if this site was made without an encoder.
+        """
+        if self.head is None:
+            raise GuideError("This guide was made without an encoder, and has one now. Fit a new guide.")
         numbers = self.head(reading.features)
         if not reading.upstream:
             return numbers, numbers.detach()
