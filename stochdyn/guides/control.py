@@ -60,9 +60,11 @@ class ControlNet(nn.Module):
         """What the context contributes at all steps, and the control given one step's; see `NeuralField.prepared`."""
         given, value = self.net.prepared(context[..., :-1])
         flag = context[..., -1:].expand(*given.shape[:-1], 1)
-        return torch.cat(
-            [given, flag], -1
-        ), lambda t, z, c: value(t, self._standard(z), c[..., :-1]) * c[..., -1:]
+
+        def control(t: Tensor, z: Tensor, c: Tensor) -> Tensor:
+            return value(t, self._standard(z), c[..., :-1]) * c[..., -1:]
+
+        return torch.cat([given, flag], -1), control
 
     def _standard(self, z: Tensor) -> Tensor:
         return (z - self.centre) / self.unit

@@ -131,10 +131,8 @@ class MarginalSite(nn.Module):
         if "knot_numbers" in state:
             tables = torch.zeros_like(state["knot_numbers"]), torch.zeros_like(state["gap_numbers"])
             return cls(size, tables, None)._like(like)
-        before, encoded = (
-            state["forwards.inputs.weight"].shape[0] // 2,
-            state["forwards.inputs.weight"].shape[1],
-        )
+        twice, encoded = state["forwards.inputs.weight"].shape
+        before = twice // 2
         hidden, inputs = state["trunk.weight"].shape
         upstream = inputs - before - encoded
         return cls(size, None, (encoded, upstream, hidden))._like(like)

@@ -1,5 +1,6 @@
 """A posterior path given by its marginals: what simulation-free inference needs, without a solver."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyro.distributions as dist
@@ -64,28 +65,21 @@ class Bridge:
             tail = x.shape[gap.dim() :]
             return x.gather(0, gap.reshape(*gap.shape, *[1] * len(tail)).expand(*gap.shape, *tail))
 
-        loc, slopes = (pick(self.loc[0]), pick(self.loc[1])), (pick(self.slopes[0]), pick(self.slopes[1]))
-        rest = [pick(x) for x in (self.S0, self.S1, self.C, self.reference)]
-        return Bridge(pick(self.start), pick(self.length), loc, slopes, *rest)
+        return self._each(pick)
 
     def repeat(self, times: int) -> "Bridge":
         """Every gap so many times, one block of gaps after the other."""
-        if times == 1:
-            return self
-
-        def again(x: Tensor) -> Tensor:
-            return x.repeat(times, *[1] * (x.dim() - 1))
-
-        loc, slopes = (again(self.loc[0]), again(self.loc[1])), (again(self.slopes[0]), again(self.slopes[1]))
-        rest = [again(x) for x in (self.S0, self.S1, self.C, self.reference)]
-        return Bridge(again(self.start), again(self.length), loc, slopes, *rest)
+        return self if times == 1 else self._each(lambda x: x.repeat(times, *[1] * (x.dim() - 1)))
 
     def split(self, size: int) -> "list[Bridge]":
         """Blocks of so many gaps."""
-        loc, slopes = (zip(*(x.split(size) for x in pair), strict=True) for pair in (self.loc, self.slopes))
-        rest = (x.split(size) for x in (self.S0, self.S1, self.C, self.reference))
-        parts = zip(self.start.split(size), self.length.split(size), loc, slopes, *rest, strict=True)
-        return [Bridge(*part) for part in parts]
+        return [self._each(lambda x, k=k: x[k : k + size]) for k in range(0, self.length.shape[0], size)]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Bridge":
+        (m0, m1), (v0, v1) = self.loc, self.slopes
+        rest = [change(x) for x in (self.S0, self.S1, self.C, self.reference)]
+        ends = (change(m0), change(m1)), (change(v0), change(v1))
+        return Bridge(change(self.start), change(self.length), *ends, *rest)
 
     def mean(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The cubic through both ends with their slopes, and its derivative in time; w is (gap, *batch, 1)."""

@@ -352,3 +352,20 @@ class TestRefusals:
             p.guided(drift=lambda t, z: z.float())
         with pytest.raises(sd.FieldError, match="context of size 3, got 2"):
             p.guided(drift=sd.NeuralField(2, context_dim=3).double(), context=torch.zeros(2, dtype=F64))
+
+
+@pytest.mark.parametrize(("states", "noises"), [(2, 1), (4, 2), (2, 2)])
+def test_a_control_of_fewer_noises_than_states_in_blocks(states, noises, monkeypatch):
+    """The density does not depend on how many times the fields are called for at once."""
+    torch.manual_seed(0)
+    net = sd.MLP(states, noises, hidden=(4,)).double()
+    noise = sd.MatrixDiffusion(0.5 * torch.eye(states, dtype=F64)[:, :noises])
+    prior = sd.SDEPath(
+        lambda t, z: -z, noise, torch.zeros(6, states, dtype=F64), torch.linspace(0, 1, 11).double()
+    )
+    q = prior.guided(control=lambda t, z: net(z))
+    value, found = q.rsample(), []
+    for rows in (10**6, 12):
+        monkeypatch.setattr("stochdyn.paths.drifts._ROWS", rows)
+        found.append((q.log_prob(value), torch.distributions.kl_divergence(q, prior)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
