@@ -30,7 +30,7 @@ ORDER = (
     {"diagnostics"},
 )
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
-INSIDE_FUNCTIONS = {"matplotlib", "pandas", "zuko"}
+INSIDE_FUNCTIONS = {"matplotlib", "pandas", "zuko", "scipy", "torchdiffeq", "torchsde"}
 ONLY_IN = {
     "arviz": "stochdyn/diagnostics/arviz.py",
     "torchsde": "stochdyn/solvers/backends/torchsde.py",

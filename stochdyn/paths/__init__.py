@@ -6,4 +6,6 @@ from stochdyn.paths.filter import particle_evidence
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.marginal import MarginalPath
 from stochdyn.paths.message import Message
+from stochdyn.paths.ode import odeint
 from stochdyn.paths.sde import SDEPath, information_filter
+from stochdyn.paths.simulate import sdeint

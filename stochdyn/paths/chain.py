@@ -13,7 +13,11 @@ from stochdyn.paths.checks import (
     check_times,
     check_unambiguous,
     context_by_time,
+    first_bad,
     joint_batch,
+    lift,
+    place,
+    short,
 )
 from stochdyn.paths.drifts import BoundDrift, Drifts, in_time
 from stochdyn.paths.noise import AbstractNoise, DiagonalNoise, MatrixNoise
@@ -23,12 +27,6 @@ from stochdyn.solvers import AbstractKernel, as_kernel
 LOG_2PI = math.log(2 * math.pi)
 
 Known = tuple[Tensor | None, AbstractNoise]
-
-
-def lift(x: Tensor, ndim: int) -> Tensor:
-    """Insert batch dimensions after time, so that a slice at one time has `ndim` dimensions."""
-    missing = ndim + 1 - x.dim()
-    return x.reshape(x.shape[0], *[1] * missing, *x.shape[1:]) if missing > 0 else x
 
 
 class Chain:
@@ -78,7 +76,7 @@ class Chain:
             base = joint_batch(initial_and_ts=base, context=context.shape[:-1])
         z = centre.expand(*base, self.state_dim)
         if self.validate and not torch.isfinite(z).all():
-            raise DivergedError(f"`initial` is not finite: {_short(z)}. A path starts at finite numbers.")
+            raise DivergedError(f"`initial` is not finite: {short(z)}. A path starts at finite numbers.")
         t = lift(self._t, z.dim())[0]
         batch, noises = probe(self.drift, self.diffusion, t, z, context)
         self.noise_dim = min(noises, self.state_dim)
@@ -265,7 +263,7 @@ class Chain:
     def _place(self, bad: Tensor) -> str:
         """Where (time, *batch) is first True, in the user's words."""
         k, *index = bad.nonzero()[0].tolist()
-        return f"series {self._series(index)}, time {self._time(k, index):g} (step {k})"
+        return place(k, index, self.ts, self.batch_shape)
 
     def log_prob_of(self, noise: AbstractNoise, xi: Tensor, real: Tensor) -> Tensor:
         """The prior's log density of all steps, summed over time."""
@@ -327,25 +325,6 @@ class Chain:
 
     def check_finite(self, value: Tensor) -> None:
         """Raise DivergedError with the first bad time, the batch index and the last finite state."""
-        if torch.isfinite(value).all():
-            return
-        bad = (~torch.isfinite(value).all(-1)).movedim(-1, 0)
-        k, *index = bad.nonzero()[0].tolist()
-        last = value[(*index, max(k - 1, 0))]
-        raise DivergedError(
-            f"series {self._series(index)}, time {self._time(k, index):g} (step {k}): the path is not "
-            f"finite; the last state was {_short(last)}. Use more substeps, bound the drift, or start nearer."
-        )
-
-    def _series(self, index: list[int]) -> str:
-        own = index[len(index) - len(self.batch_shape) :] if self.batch_shape else []
-        return str(own[0] if len(own) == 1 else tuple(own)) if own else "0"
-
-    def _time(self, k: int, index: list[int]) -> float:
-        batch = self.ts.dim() - 1
-        own = [i if n > 1 else 0 for i, n in zip(index[len(index) - batch :], self.ts.shape, strict=False)]
-        return self.ts[(*own, k)].item() if batch else self.ts[k].item()
-
-
-def _short(z: Tensor) -> list[float]:
-    return [round(x, 4) for x in z.flatten()[:8].tolist()]
+        bad = first_bad(value, self.ts, self.batch_shape)
+        if bad is not None:
+            raise DivergedError(f"{bad} Use more substeps, bound the drift, or start nearer.")

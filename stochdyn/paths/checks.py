@@ -117,3 +117,37 @@ def joint_batch(**batches: torch.Size) -> torch.Size:
             f"The batch shapes do not broadcast: {listed}. A plate's size must be the last batch dimension "
             "of each, or 1, or missing."
         ) from error
+
+
+def lift(x: Tensor, ndim: int) -> Tensor:
+    """Insert batch dimensions after time, so that a slice at one time has `ndim` dimensions."""
+    missing = ndim + 1 - x.dim()
+    return x.reshape(x.shape[0], *[1] * missing, *x.shape[1:]) if missing > 0 else x
+
+
+def place(k: int, index: list[int], ts: Tensor, batch_shape: torch.Size) -> str:
+    """Where the grid position k of a path with index (*sample, *batch) is, in the user's words."""
+    own = index[len(index) - len(batch_shape) :] if batch_shape else []
+    series = str(own[0] if len(own) == 1 else tuple(own)) if own else "0"
+    batch = ts.dim() - 1
+    row = (
+        [i if n > 1 else 0 for i, n in zip(index[len(index) - batch :], ts.shape, strict=False)]
+        if batch
+        else []
+    )
+    return f"series {series}, time {ts[(*row, k)].item():g} (step {k})"
+
+
+def first_bad(value: Tensor, ts: Tensor, batch_shape: torch.Size) -> str | None:
+    """What to say of the first entry of a path (*sample, *batch, time, state) that is not finite; None if all are."""
+    if torch.isfinite(value).all():
+        return None
+    bad = (~torch.isfinite(value).all(-1)).movedim(-1, 0)
+    k, *index = bad.nonzero()[0].tolist()
+    last = value[(*index, max(k - 1, 0))]
+    return f"{place(k, index, ts, batch_shape)}: the path is not finite; the last state was {short(last)}."
+
+
+def short(z: Tensor) -> list[float]:
+    """The first entries of a state, rounded for a message."""
+    return [round(x, 4) for x in z.flatten()[:8].tolist()]

@@ -10,7 +10,8 @@ from torch.distributions import constraints, kl_divergence
 
 from stochdyn.errors import DiffusionError, GuideError
 from stochdyn.fields import AbstractDiffusion, ElementwiseField, evaluate
-from stochdyn.paths.chain import Chain, lift
+from stochdyn.paths.chain import Chain
+from stochdyn.paths.checks import lift
 from stochdyn.paths.drifts import block_length
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.message import Message

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stochdyn.data import TimeGrid
 from stochdyn.errors import DataError, ShapeError
-from stochdyn.paths.chain import Chain, lift
+from stochdyn.paths.chain import Chain
+from stochdyn.paths.checks import lift
 from stochdyn.paths.noise import apply_precision, matvec
 
 

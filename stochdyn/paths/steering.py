@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from stochdyn.errors import GuideError, ShapeError
 from stochdyn.fields import Field, call_field
-from stochdyn.paths.chain import Chain, lift
-from stochdyn.paths.checks import context_by_time
+from stochdyn.paths.chain import Chain
+from stochdyn.paths.checks import context_by_time, lift
 from stochdyn.paths.drifts import BoundDrift, Drifts, in_time
 
 Control = Callable[..., Tensor]

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
 
-from stochdyn.paths.chain import LOG_2PI, Chain, lift
+from stochdyn.paths.chain import LOG_2PI, Chain
+from stochdyn.paths.checks import lift
 from stochdyn.paths.start import RandomStart, bijection
 
 

@@ -1,0 +1,113 @@
+"""Ordinary differential equations: solved, not sampled."""
+
+import torch
+from torch import Tensor
+
+from stochdyn.errors import DivergedError, FieldError, ShapeError
+from stochdyn.fields import Field, call_field
+from stochdyn.paths.checks import (
+    check_resolution,
+    check_times,
+    check_unambiguous,
+    context_by_time,
+    first_bad,
+    joint_batch,
+    lift,
+)
+from stochdyn.paths.drifts import in_time
+from stochdyn.solvers import AbstractGradient, AbstractODESolver, Direct, Dopri5
+from stochdyn.solvers.gradients import Flow
+
+
+def odeint(
+    field: Field,
+    z0: Tensor,
+    ts: Tensor,
+    *,
+    solver: AbstractODESolver = Dopri5(),  # noqa: B008
+    gradient: AbstractGradient = Direct(),  # noqa: B008
+    context: Tensor | None = None,
+) -> Tensor:
+    """Solve dz/dt = field(t, z[, context]) from z0 at the first time: the states at all times.
+
+    An ODE has no density: in a Pyro model its solution is a function of the latents, recorded with
+    `pyro.deterministic("z", sd.odeint(...), event_dim=2)`. Series may have times of their own.
+
+    Args:
+        field: `(t, z[, context])` -> shape of z; units state per time. Write parameters of batch shape as
+            theta[..., None] against z.
+        z0: the start (*batch, state).
+        ts: the times (*batch, time), non-decreasing; gaps of no length (padding) repeat the state.
+        solver: `Dopri5()` and `Tsit5()` choose their steps; `RungeKutta4(substeps)`, `Heun`, `Midpoint`, `Euler` take
+            every gap in equal pieces; `Verlet(substeps)` for mechanics; `Rosenbrock(substeps)`, `Radau()`, `BDF()` for
+            stiff systems.
+        gradient: `Direct()`, `Checkpointed()` or `Adjoint()`.
+        context: (*batch, context_dim), or (*batch, time, context_dim): the row at a gap's start is used in it.
+
+    Shapes:
+        (*batch, time, state), the batch being the broadcast of z0, ts, context and of what the field returns.
+
+    Raises:
+        ShapeError, TimeError, FieldError, DtypeError: if the parts do not fit together, from one call of the field.
+        DivergedError: naming series and first bad time, if the solution leaves the finite numbers or the solver
+            gives up.
+
+    References:
+        Chen, Rubanova, Bettencourt & Duvenaud, "Neural ordinary differential equations", 2018,
+        https://arxiv.org/abs/1806.07366
+
+    Example:
+        >>> import torch, stochdyn as sd
+        >>> rate = torch.tensor([0.5, 1.0, 2.0])  # one per series
+        >>> z = sd.odeint(lambda t, z: -rate[..., None] * z, torch.ones(1), torch.tensor([0.0, 0.5, 2.0]))
+        >>> z.shape, bool((z[:, -1, 0] - (-2 * rate).exp()).abs().max() < 1e-5)
+        (torch.Size([3, 3, 1]), True)
+    """
+    _check_kinds(z0, solver, gradient)
+    ts = check_times(ts, True)
+    check_resolution(ts, ts.dtype, z0.dtype)
+    base = joint_batch(z0=z0.shape[:-1], ts=ts.shape[:-1])
+    by_time = context_by_time(context, ts.shape[-1], base)
+    first = None if by_time is None else by_time[0]
+    base = base if first is None else joint_batch(z0_and_ts=base, context=first.shape[:-1])
+    times = ts.to(z0.device).movedim(-1, 0)[..., None]
+    batch = _probe(field, z0.expand(*base, z0.shape[-1]), lift(times, len(base) + 1)[0].to(z0.dtype), first)
+    if context is not None and by_time is not None and by_time.shape[0] > 1 and context.dim() == 2:
+        check_unambiguous(context, ts.shape[-1], batch)
+    if by_time is not None:
+        by_time = lift(in_time(by_time, ts.shape[-1] - 1), len(batch) + 1)
+    start = z0.expand(*batch, z0.shape[-1])
+    flow = Flow(field, by_time, start, lift(times, len(batch) + 1), solver)
+    states = gradient.solve(flow).movedim(0, -2)
+    bad = first_bad(states, ts, batch)
+    if bad is not None:
+        raise DivergedError(f"{bad} Bound the field, use a smaller step (substeps), or start nearer.")
+    return states
+
+
+def _check_kinds(z0: object, solver: object, gradient: object) -> None:
+    if not isinstance(z0, Tensor) or z0.dim() < 1 or not z0.is_floating_point():
+        got = f"{z0.dtype} {tuple(z0.shape)}" if isinstance(z0, Tensor) else type(z0).__name__
+        raise ShapeError(f"odeint: `z0` must be a floating tensor (*batch, state), got {got}.")
+    if not torch.isfinite(z0).all():
+        raise DivergedError("odeint: `z0` is not finite. A solution starts at finite numbers.")
+    if not isinstance(solver, AbstractODESolver):
+        raise FieldError(
+            f"odeint: `solver` must be an ODE solver, e.g. sd.Dopri5() or sd.RungeKutta4(substeps=4), got {solver!r}. "
+            "Stochastic equations are integrated by sd.sdeint, or are paths."
+        )
+    if not isinstance(gradient, AbstractGradient):
+        raise FieldError(
+            f"odeint: `gradient` must be sd.Direct(), sd.Checkpointed() or sd.Adjoint(), got {gradient!r}."
+        )
+
+
+def _probe(field: Field, z: Tensor, t: Tensor, context: Tensor | None) -> torch.Size:
+    with torch.no_grad():
+        f = call_field("field", field, t, z, context)
+    if f.shape[-1] not in (z.shape[-1], 1):
+        raise FieldError(
+            f"The field returned shape {tuple(f.shape)} for z of shape {tuple(z.shape)}, expected (..., state="
+            f"{z.shape[-1]})."
+        )
+    return joint_batch(z0_ts_and_context=z.shape[:-1], field=f.shape[:-1])
