@@ -178,7 +178,7 @@ class Chain:
         if not self.shares_noise:
             return None
         t, dt, context = self.layout(ndim)
-        z = torch.zeros((1,) * ndim, dtype=self.dtype, device=self.device)
+        z = torch.zeros((*[1] * (ndim - 1), self.state_dim), dtype=self.dtype, device=self.device)
         return self.noise_of(self.solver.step(lambda s, x: x, self.diffusion, t, dt, z, context)[1])
 
     def aligned(self, value: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Milstein(AbstractKernel):
         def value(x: Tensor) -> Tensor:
             return diffusion(t, x, context).expand(x.shape)
 
-        g, slope = torch.func.jvp(value, (z,), (torch.ones_like(z),))
+        g, slope = torch.func.jvp(value, (z.contiguous(),), (torch.ones(z.shape, dtype=z.dtype, device=z.device),))
         return g, g * slope
 
 
@@ -99,6 +99,7 @@ def check_own_coordinates(diffusion: AbstractDiffusion, t: Tensor, z: Tensor) ->
         >>> from stochdyn.fields import as_diffusion
         >>> check_own_coordinates(as_diffusion(lambda t, z: z.square()), torch.zeros(1), torch.ones(2))
     """
+    z = z.contiguous()  # forward mode refuses expanded tensors
     for d in range(z.shape[-1]):
         unit = torch.zeros_like(z)
         unit[..., d] = 1

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stochdyn.solvers.integrator import AbstractMean, Drift
 
-_GAMMA = 1 + 1 / math.sqrt(2)
+_GAMMA = 1 - 1 / math.sqrt(2)
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Rosenbrock(AbstractMean):
     """The two-stage Rosenbrock method ROS2: order 2, L-stable, no iteration.
 
     (1 - g dt J) k1 = f + g dt f_t, (1 - g dt J) k2 = f(t + dt, z + dt k1) - 2 k1 - g dt f_t,
-    z' = z + dt (3 k1 + k2) / 2, with J = df/dz and g = 1 + 1/sqrt(2). For stiff systems: a step may be far longer than
+    z' = z + dt (3 k1 + k2) / 2, with J = df/dz and g = 1 - 1/sqrt(2). For stiff systems: a step may be far longer than
     the fastest time scale, which is then damped, not followed. Each piece costs two calls of the field, state_dim + 1
     derivatives in forward mode and one linear solve per series, so it is for small states. As a mean it makes a stiff
     SDE's step stable: `GaussianStep(mean=Rosenbrock())`. `Radau` is for tight tolerances.
@@ -57,6 +57,7 @@ def derivatives(drift: Drift, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Ten
         tensor([[3., 2.],
                 [3., 2.]])
     """
+    t, z = t.contiguous(), z.contiguous()  # forward mode refuses expanded tensors
     still, columns = torch.zeros_like(t), []
     f, f_t = torch.func.jvp(
         lambda s, x: _full(drift(s, x), x), (t, z), (torch.ones_like(t), torch.zeros_like(z))

@@ -98,10 +98,11 @@ def ito_drift(drift: Field, diffusion: "Field | Tensor | AbstractDiffusion") -> 
         f = evaluate("drift", drift, t, z, context)
         if noise.constant:
             return f
+        z = z.contiguous()  # forward mode refuses expanded tensors
         g = noise(t, z, context)
         total = f.expand(torch.broadcast_shapes(f.shape, z.shape))
         for k in range(z.shape[-1] if noise.diagonal else g.shape[-1]):
-            direction = _column(noise, g, k, z).expand(z.shape)
+            direction = _column(noise, g, k, z).expand(z.shape).contiguous()
             moved = torch.func.jvp(
                 lambda x, k=k: _column(noise, noise(t, x, context), k, x).expand(x.shape), (z,), (direction,)
             )[1]

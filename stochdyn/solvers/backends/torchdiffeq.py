@@ -107,7 +107,8 @@ def _gap_by_gap(method: str, watched: Watched, z: Tensor, times: Tensor, control
 
 
 def _solve(method: str, drift: Drift, z: Tensor, times: Tensor, control: Control) -> Tensor:
-    options = {"norm": control.norm, "max_num_steps": control.max_steps}
+    # Steps end at the times: between steps torchdiffeq interpolates to order 4, whatever the method's own.
+    options = {"norm": control.norm, "max_num_steps": control.max_steps, "step_t": times[1:]}
     library = _library()
     return library.odeint(
         drift, z, times, rtol=control.rtol, atol=control.atol, method=method, options=options
