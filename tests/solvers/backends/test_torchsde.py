@@ -1,0 +1,56 @@
+"""torchsde's steps: strong orders on our grid, and Brownian motions that keep their path."""
+
+import pytest
+import torch
+
+import stochdyn as sd
+from tests.orders import F64, slope
+
+MULTIPLICATIVE = (lambda drift: lambda t, z: drift * z, lambda t, z: 0.5 * z)
+
+
+def errors(solver, drift, diffusion, exact, levels=range(3, 8), paths=300):
+    """Along one Brownian motion, asked at the finest level first."""
+    motion = sd.BrownianMotion(0.0, 1.0, (paths, 1), seed=3, dtype=F64)
+    fine = motion.increments(torch.linspace(0, 1, 2**10 + 1, dtype=F64))
+    wanted, out = exact(fine), []
+    for level in levels:
+        ts = torch.linspace(0, 1, 2**level + 1, dtype=F64)
+        z = sd.sdeint(drift, diffusion, torch.ones(paths, 1, dtype=F64), ts, solver=solver, noise=motion)
+        out.append((z[:, -1] - wanted).square().mean().sqrt())
+    return out
+
+
+def gbm(dW):
+    return torch.exp(0.3 - 0.125 + 0.5 * dW.sum(0))
+
+
+def test_strong_order_of_srk():
+    found = errors(sd.SRK(), lambda t, z: 0.3 * z, lambda t, z: 0.5 * z, gbm)
+    assert abs(slope(found) - 1.5) < 0.15
+    wrong = errors(sd.SRK(), lambda t, z: 0.31 * z, lambda t, z: 0.5 * z, gbm)
+    assert not abs(slope(wrong) - 1.5) < 0.15
+
+
+def test_strong_order_of_reversible_heun():
+    """Order 1/2 is guaranteed; a single noise commutes with itself, where it attains 1."""
+    found = errors(sd.ReversibleHeun(), lambda t, z: 0.175 * z, lambda t, z: 0.5 * z, gbm)
+    assert abs(slope(found) - 1) < 0.15
+    ito = errors(sd.ReversibleHeun(), lambda t, z: 0.3 * z, lambda t, z: 0.5 * z, gbm)
+    assert not abs(slope(ito) - 1) < 0.15
+
+
+def test_a_motion_keeps_its_path_and_its_law():
+    motion = sd.BrownianMotion(0.0, 2.0, (4000, 1), seed=0, dtype=F64)
+    coarse = motion.increments(torch.tensor([0.0, 1.0, 2.0], dtype=F64))
+    fine = motion.increments(torch.linspace(0, 2, 9, dtype=F64))
+    assert (fine.reshape(2, 4, 4000, 1).sum(1) - coarse).abs().max() < 1e-12
+    assert (fine.std(1).square() / 0.25 - 1).abs().max() < 5 * (2 / 4000) ** 0.5
+    assert torch.equal(coarse, motion.increments(torch.tensor([0.0, 1.0, 2.0], dtype=F64)))
+
+
+def test_bad_motions_are_refused():
+    with pytest.raises(sd.TimeError, match=r"needs t0 < t1"):
+        sd.BrownianMotion(1.0, 1.0, (2, 1))
+    with pytest.raises(sd.ShapeError, match=r"sizes >= 1"):
+        sd.BrownianMotion(0.0, 1.0, ())
