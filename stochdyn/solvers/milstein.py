@@ -81,7 +81,9 @@ class Milstein(AbstractKernel):
         def value(x: Tensor) -> Tensor:
             return diffusion(t, x, context).expand(x.shape)
 
-        g, slope = torch.func.jvp(value, (z.contiguous(),), (torch.ones(z.shape, dtype=z.dtype, device=z.device),))
+        g, slope = torch.func.jvp(
+            value, (z.contiguous(),), (torch.ones(z.shape, dtype=z.dtype, device=z.device),)
+        )
         return g, g * slope
 
 

@@ -19,7 +19,8 @@ class Rosenbrock(AbstractMean):
     z' = z + dt (3 k1 + k2) / 2, with J = df/dz and g = 1 - 1/sqrt(2). For stiff systems: a step may be far longer than
     the fastest time scale, which is then damped, not followed. Each piece costs two calls of the field, state_dim + 1
     derivatives in forward mode and one linear solve per series, so it is for small states. As a mean it makes a stiff
-    SDE's step stable: `GaussianStep(mean=Rosenbrock())`. `Radau` is for tight tolerances.
+    SDE's step stable: `GaussianStep(mean=Rosenbrock())`. A fixed step does not see a fast nonlinear transient: on
+    Robertson's kinetics it diverges, where `Radau` is right.
 
     Args:
         substeps: into how many equal pieces a step is cut.

@@ -36,22 +36,25 @@ def gradients(gradient, solver, ts, timed=False):
     return z.detach(), found
 
 
-SHARED = torch.linspace(0, 4, 41, dtype=F64)
-OWN = torch.stack([SHARED, 0.7 * SHARED + 0.3, torch.cat([SHARED[:30], SHARED[29].expand(11)])])
+SHARED = torch.linspace(0, 4, 21, dtype=F64)
+OWN = torch.stack([SHARED, 0.7 * SHARED + 0.3, torch.cat([SHARED[:15], SHARED[14].expand(6)])])
 
 
 @pytest.mark.parametrize("timed", [False, True], ids=["static", "timed"])
 @pytest.mark.parametrize("ts", [SHARED, OWN], ids=["shared", "own times"])
-@pytest.mark.parametrize("solver", [sd.RungeKutta4(2), sd.Tsit5(1e-9, 1e-10)], ids=["rk4", "tsit5"])
+@pytest.mark.parametrize("solver", [sd.RungeKutta4(4), sd.Tsit5(1e-9, 1e-10)], ids=["rk4", "tsit5"])
 def test_the_three_agree(solver, ts, timed):
     z, direct = gradients(sd.Direct(), solver, ts, timed)
+    again = (
+        1e-13 if isinstance(solver, sd.RungeKutta4) else 1e-6
+    )  # an adaptive one starts anew in each segment
     for gradient, tolerance in (
-        (sd.Checkpointed(), 1e-13),
-        (sd.Checkpointed(3), 1e-13),
+        (sd.Checkpointed(), again),
+        (sd.Checkpointed(3), again),
         (sd.Adjoint(), 1e-6),
     ):
         same, found = gradients(gradient, solver, ts, timed)
-        assert (same - z).abs().max() < 1e-12
+        assert (same - z).abs().max() < 10 * again
         for a, b in zip(direct, found, strict=True):
             assert a.abs().max() > 1e-3
             assert (a - b).abs().max() < tolerance * (1 + a.abs().max())

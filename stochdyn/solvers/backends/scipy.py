@@ -61,11 +61,13 @@ def _solve(method: str, watched: Watched, z: Tensor, times: Tensor, control: Con
         )
 
     start = z.double().reshape(-1).cpu().numpy()
-    found = _solve_ivp()(
-        rates, (points[0], points[-1]), start, method=method, t_eval=points[1:], rtol=control.rtol, atol=control.atol
-    )  # fmt: skip
-    if not found.success or not watched.ok:
-        raise watched.error("the implicit solver gave up" if watched.ok else "the field is not finite")
+    settings = {"method": method, "t_eval": points[1:], "rtol": control.rtol, "atol": control.atol}
+    try:
+        found = _solve_ivp()(rates, (points[0], points[-1]), start, **settings)
+    except ValueError as error:  # of linear algebra, at a state that is not finite
+        raise watched.error("the implicit solver gave up") from error
+    if not found.success:
+        raise watched.error("the implicit solver gave up")
     values = torch.as_tensor(found.y.T.copy(), dtype=z.dtype).to(z.device)
     return values.reshape(len(points) - 1, *z.shape)
 

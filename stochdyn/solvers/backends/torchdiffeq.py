@@ -1,6 +1,6 @@
 """Adaptive explicit Runge-Kutta methods, by torchdiffeq."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ class Control:
 
     def norm(self, error: Tensor) -> Tensor:
         """The worst of all series: an average over the batch would let one stiff series hide among many."""
+        error = error.detach()  # no gradient through the choice of steps: the root has none at 0
         if error.dim() == 0 or error.numel() == 0:
             return error.abs().sum()
         if self.parts:
@@ -35,22 +36,23 @@ class Watched:
 
     drift: Drift
     t: Tensor | None = None
-    z: Tensor | None = field(default=None)
+    z: Tensor | None = None
+    f: Tensor | None = None
     ok: bool = True
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        f = self.drift(t, z)
+        f = self.drift(t, z).expand(z.shape)
         if self.ok:
-            self.t, self.z = t.detach(), z.detach()
+            self.t, self.z, self.f = t.detach(), z.detach(), f.detach()
             self.ok = bool(torch.isfinite(f).all())
-        return f.expand(z.shape)
+        return f
 
     def error(self, why: str) -> DivergedError:
         """The error that names time, series and state of the last call."""
-        if self.z is None or self.t is None:
-            return DivergedError(f"The solver failed before its first step: {why}")
-        rows = self.z.reshape(-1, self.z.shape[-1])
-        size = torch.nan_to_num(rows.abs(), nan=torch.inf).amax(-1)
+        if self.z is None or self.t is None or self.f is None:
+            return DivergedError(f"The solver failed before its first step: {why}.")
+        rows, rates = (x.reshape(-1, x.shape[-1]) for x in (self.z, self.f))
+        size = torch.nan_to_num(rates.abs(), nan=torch.inf).amax(-1)
         series = int(size.argmax())
         time = self.t.expand(*self.z.shape[:-1], 1).reshape(-1)[series].item()
         state = [round(x, 4) for x in rows[series, :8].tolist()]

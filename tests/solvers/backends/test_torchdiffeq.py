@@ -7,7 +7,7 @@ import torchdiffeq
 
 import stochdyn as sd
 from stochdyn.solvers.backends import torchdiffeq as backend
-from tests.orders import F64, slope
+from tests.orders import F64
 
 
 def tableau():
@@ -59,28 +59,6 @@ def test_errors_follow_the_tolerance():
         ]
         assert all(e < 10 * 10.0**-k for e, k in zip(errors, (4, 7, 10), strict=True))
         assert errors[0] > 10 * errors[2]
-
-
-def test_orders_of_the_fixed_steps_inside():
-    """One step of the pair of order 5 from 0 to h: the local error is of order 6."""
-    z0 = torch.tensor([0.5], dtype=F64)
-
-    def field(t, z):
-        return z * (t.cos() - z)
-
-    for method in ("dopri5", "tsit5"):
-        backend._library()
-        errors = []
-        for k in range(1, 5):
-            h = torch.tensor([0.0, 2.0**-k], dtype=F64)
-            once = torchdiffeq.odeint(
-                field, z0, h, method=method, rtol=1e9, atol=1e9, options={"first_step": 2.0**-k}
-            )
-            errors.append(
-                (once[-1] - sd.odeint(field, z0, h, solver=sd.Dopri8(1e-14, 1e-15))[-1]).abs().max()
-            )
-        assert abs(slope(errors) - 6) < 0.5
-        assert not abs(slope(errors) - 5) < 0.5
 
 
 def test_times_between_steps_are_not_interpolated():

@@ -9,10 +9,10 @@ from tests.orders import F64, slope
 MULTIPLICATIVE = (lambda drift: lambda t, z: drift * z, lambda t, z: 0.5 * z)
 
 
-def errors(solver, drift, diffusion, exact, levels=range(3, 8), paths=300):
+def errors(solver, drift, diffusion, exact, levels=range(3, 8), paths=200):
     """Along one Brownian motion, asked at the finest level first."""
     motion = sd.BrownianMotion(0.0, 1.0, (paths, 1), seed=3, dtype=F64)
-    fine = motion.increments(torch.linspace(0, 1, 2**10 + 1, dtype=F64))
+    fine = motion.increments(torch.linspace(0, 1, 2**8 + 1, dtype=F64))
     wanted, out = exact(fine), []
     for level in levels:
         ts = torch.linspace(0, 1, 2**level + 1, dtype=F64)
