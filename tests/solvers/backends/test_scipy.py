@@ -20,7 +20,7 @@ def test_a_budget_of_calls_ends_in_a_named_error(method):
 @pytest.mark.parametrize("method", [sd.Radau, sd.BDF])
 def test_a_field_that_is_not_finite_is_named(method):
     ts = torch.tensor([0.0, 1.0, 2.0], dtype=F64)
-    with pytest.raises(sd.DivergedError, match=r"series 1, time 1"):
+    with pytest.raises(sd.DivergedError, match=r"series 1, time [12]"):
         sd.odeint(
             lambda t, z: torch.where((t > 1.5) & (z > 1.5), torch.nan, torch.ones_like(z)),
             torch.tensor([[-5.0], [0.0]], dtype=F64), ts, solver=method(),
