@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from stochdyn.diagnostics.calibration import Calibration, sbc, tarp
 from stochdyn.diagnostics.calibration_plot import plot_calibration
+from stochdyn.diagnostics.field_plot import plot_field
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
 from stochdyn.diagnostics.tree import Variable, build_tree
@@ -26,6 +27,7 @@ __all__ = [
     "c2st",
     "pareto_k",
     "plot_calibration",
+    "plot_field",
     "plot_forecast",
     "plot_losses",
     "plot_phase",

@@ -12,6 +12,7 @@ from stochdyn.fields.diffusion import (
 )
 from stochdyn.fields.hamiltonian import HamiltonianField
 from stochdyn.fields.known import Residual
+from stochdyn.fields.lipschitz import Bjorck, GroupSort, LipschitzMLP
 from stochdyn.fields.neural import MLP, ElementwiseField, Linear, NeuralField
 from stochdyn.fields.stable import AntisymmetricField, BoundedField
 from stochdyn.fields.time import AbstractTimeFeatures, FourierTime
