@@ -16,8 +16,8 @@ import torch
 
 import stochdyn as sd
 
-GROWTH, CAPACITY, NOISE, ERROR = 1.0, 5.0, 0.2, 0.1
-AT = torch.linspace(0.2, 5.0, 60).log()[:, None]
+GROWTH, CAPACITY, NOISE, ERROR = 1.0, 5.0, 0.1, 0.05
+AT = torch.linspace(0.3, 5.0, 60).log()[:, None]
 
 
 # %% [markdown]
@@ -81,7 +81,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     pyro.set_rng_seed(0)
     data, model = simulate(6 if smoke else 24), Fishery()
     guide = sd.AmortizedGuide(model, latents=sd.MeanField())
-    fit = sd.fit(model, guide, data, steps=20 if smoke else 1000, lr=0.01)
+    fit = sd.fit(model, guide, data, steps=20 if smoke else 800, lr=0.03)
     print(fit)
 
     draws = 40 if smoke else 500
