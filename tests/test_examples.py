@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
 HIERARCHY = ROOT / "examples" / "hierarchy.py"
+KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -60,6 +61,17 @@ def test_hierarchy(tmp_path):
         r"^60 patients never seen, of new clinics: 90 % intervals hold \d+%", done.stdout, re.MULTILINE
     )
     assert (tmp_path / "examples" / "output" / "hierarchy.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not KNOWN_PHYSICS.exists(), reason="an installed package has no examples")
+def test_known_physics(tmp_path):
+    done = python("-W", "error", str(KNOWN_PHYSICS), "--smoke", cwd=tmp_path)
+    error, without = map(
+        float, re.search(r"error (\d\.\d+), with no network (\d\.\d+)", done.stdout).groups()
+    )
+    assert 0 < error < without
+    assert re.search(r"^The 95 % interval holds the truth at \d+% of the points", done.stdout, re.MULTILINE)
+    assert (tmp_path / "examples" / "output" / "known_physics.png").stat().st_size > 10_000
 
 
 STATE = """

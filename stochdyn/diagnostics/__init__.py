@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from stochdyn.diagnostics.calibration import Calibration, sbc, tarp
 from stochdyn.diagnostics.calibration_plot import plot_calibration
+from stochdyn.diagnostics.function_plot import plot_function
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
 from stochdyn.diagnostics.tree import Variable, build_tree
@@ -27,6 +28,7 @@ __all__ = [
     "pareto_k",
     "plot_calibration",
     "plot_forecast",
+    "plot_function",
     "plot_losses",
     "plot_phase",
     "psis_weights",

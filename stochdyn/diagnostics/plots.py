@@ -310,7 +310,7 @@ def _draw_fan(ax: Axes, fan: _Fan, panel: int, color: str) -> None:
     draws = fan.draws[..., panel]
     for i, width in enumerate(INTERVALS):
         low, high = np.quantile(draws, [(1 - width) / 2, (1 + width) / 2], axis=0)
-        ax.fill_between(fan.times, low, high, color=_tint(color, 0.2 + 0.16 * i), lw=0, label=f"{width:.0%}")
+        ax.fill_between(fan.times, low, high, color=tint(color, 0.2 + 0.16 * i), lw=0, label=f"{width:.0%}")
     ax.plot(fan.times, np.median(draws, 0), color=color, lw=1.8, label="median")
     if fan.truth is not None:
         ax.plot(fan.times, fan.truth[:, panel], color=INK, lw=1, ls=(0, (1, 1)), label="truth")
@@ -323,7 +323,7 @@ def _draw_fan(ax: Axes, fan: _Fan, panel: int, color: str) -> None:
     ax.set_xlim(fan.times[0] - margin, fan.times[-1] + margin)
 
 
-def _tint(color: str, share: float) -> tuple[float, ...]:
+def tint(color: str, share: float) -> tuple[float, ...]:
     """A colour mixed with white."""
     return tuple(share * c + 1 - share for c in to_rgb(color))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.errors import FieldError, ShapeError
+from stochdyn.fields.time import AbstractTimeFeatures
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -37,13 +38,20 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _affine(x, self.weight, self.bias)
+        return affine(x, self.weight, self.bias)
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b, where W (..., outputs, inputs) and b (..., outputs) may have a batch.
+
+    Example:
+        >>> affine(torch.ones(8, 2), torch.ones(5, 1, 3, 2), None).shape
+        torch.Size([5, 8, 3])
+    """
     if weight.dim() == 2 and (bias is None or bias.dim() == 1):
         return nn.functional.linear(x, weight, bias)
-    y = (weight @ x[..., None])[..., 0]
+    # einsum multiplies without copies of the weights for every time and series, which matmul would make.
+    y = torch.einsum("...oi,...i->...o", weight, x)
     return y if bias is None else y + bias
 
 
@@ -107,7 +115,8 @@ class NeuralField(nn.Module):
         outputs: size of what it returns, by default `state_dim`.
         hidden: widths of the hidden layers.
         context_dim: size of the context, 0 for none.
-        time: whether the field depends on time: t and nothing else is added as an input, so times near unit scale.
+        time: whether the field depends on time: True adds t as an input, so times near unit scale; an object such as
+            `FourierTime` adds its features of t instead.
         activation, final: see `MLP`.
 
     Raises:
@@ -127,13 +136,13 @@ class NeuralField(nn.Module):
         hidden: Sequence[int] = (64, 64),
         *,
         context_dim: int = 0,
-        time: bool = False,
+        time: bool | AbstractTimeFeatures = False,
         activation: Activation = nn.functional.softplus,
         final: Activation | None = None,
     ) -> None:
         super().__init__()
         self.state_dim, self.context_dim, self.time = state_dim, context_dim, time
-        size = state_dim + context_dim + int(time)
+        size = state_dim + context_dim + (int(time) if isinstance(time, bool) else time.size)
         self.net = MLP(size, outputs or state_dim, hidden, activation=activation, final=final)
 
     def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -150,7 +159,7 @@ class NeuralField(nn.Module):
         if context is None:
             return first.bias
         weight = first.weight[..., self.state_dim : self.state_dim + self.context_dim]
-        return _affine(context, weight, first.bias)
+        return affine(context, weight, first.bias)
 
     def from_contribution(self, t: Tensor, z: Tensor, contribution: Tensor) -> Tensor:
         """The field's value, given what its context contributes."""
@@ -166,11 +175,20 @@ class NeuralField(nn.Module):
 
     def _parts(self) -> tuple[Tensor, Tensor]:
         weight = self.net.layers[0].weight
-        return weight[..., : self.state_dim], weight[..., -1]
+        rest = (
+            weight[..., -1]
+            if isinstance(self.time, bool)
+            else weight[..., self.state_dim + self.context_dim :]
+        )
+        return weight[..., : self.state_dim], rest
 
     def _from_parts(self, t: Tensor, z: Tensor, contribution: Tensor, parts: tuple[Tensor, Tensor]) -> Tensor:
-        x = _affine(z, parts[0], None) + contribution
-        return self.net.after_first(x + t * parts[1] if self.time else x)
+        x = affine(z, parts[0], None) + contribution
+        if not isinstance(self.time, bool):
+            x = x + affine(self.time(t), parts[1], None)
+        elif self.time:
+            x = x + t * parts[1]
+        return self.net.after_first(x)
 
 
 class ElementwiseField(nn.Module):
@@ -196,6 +214,11 @@ class ElementwiseField(nn.Module):
     """
 
     elementwise = True
+
+    @property
+    def fan_in(self) -> dict[str, int | None]:
+        """How many inputs every weight sums, None for biases; see `bayesian`."""
+        return {"weight": 1, "bias": None, "out_weight": self.bias.shape[-1], "out_bias": None}
 
     def __init__(
         self,

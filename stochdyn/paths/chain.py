@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import DiffusionError, DivergedError, DtypeError, FieldError, ShapeError, SupportError
-from stochdyn.fields import AbstractDiffusion, Field, call_field, check_diffusion, evaluate, probe
+from stochdyn.fields import (
+    AbstractDiffusion,
+    Field,
+    call_field,
+    check_diffusion,
+    draw_weights,
+    evaluate,
+    probe,
+)
 from stochdyn.paths.checks import (
     check_resolution,
     check_times,
@@ -53,7 +61,9 @@ class Chain:
         *,
         validate: bool = True,
     ) -> None:
-        self.drift, self.diffusion, self.solver = drift, diffusion, as_kernel(solver)
+        # Called after the model has returned, random weights would be drawn anew at each access.
+        self.drift, self.diffusion = draw_weights(drift), draw_weights(diffusion)
+        self.solver = as_kernel(solver)
         self.context, self.validate = context, validate
         self.own_context: Tensor | None = None
         self._own_context: Tensor | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.errors import FieldError
-from stochdyn.fields import AbstractDiffusion, Field
+from stochdyn.fields import AbstractDiffusion, Field, has_drawn_weights
 from stochdyn.solvers import AbstractKernel
 
 Rows = tuple[Tensor | None, ...]
@@ -45,8 +45,8 @@ class Compiled:
     Worth it for networks in the drift, small batches and long trainings: the first step waits for the compiler (a
     minute or more per chunk length and batch size; the time is kept in `seconds`), later ones are faster. For diagonal
     noise and diagonal messages or none; other loops run as they are. Drift and diffusion must be modules: what is
-    compiled is kept per module. Where no compiler is found, or it fails, one warning is given and the loop runs as it
-    is.
+    compiled is kept per module, so fields with random weights, which are new ones in every run, run as they are. Where
+    no compiler is found, or it fails, one warning is given and the loop runs as it is.
 
     Args:
         chunk: steps per chunk. More run faster and compile longer.
@@ -82,7 +82,8 @@ class Compiled:
         inputs: StepInputs,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """States after, means and noise scales of all steps, chunk by chunk; None where it cannot."""
-        modules = isinstance(drift, nn.Module) and isinstance(diffusion.field, nn.Module)
+        fields = (drift, diffusion.field)
+        modules = all(isinstance(f, nn.Module) and not has_drawn_weights(f) for f in fields)
         if self._broken or not modules or not diffusion.diagonal:
             return None
         plain = step_chunk(drift, diffusion, solver)

@@ -12,7 +12,14 @@ from stochdyn.testing import check_encoder
 from tests.models import elbos, mean_and_error, ou, ou_evidence, ou_series, own_times
 
 F64 = torch.float64
-KINDS = [sd.GRUEncoder, sd.ODERNNEncoder, sd.SetEncoder, sd.ConvEncoder]
+KINDS = [
+    sd.GRUEncoder,
+    sd.ODERNNEncoder,
+    sd.SetEncoder,
+    sd.ConvEncoder,
+    sd.AntisymmetricEncoder,
+    sd.OrthogonalEncoder,
+]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
