@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import stochdyn.diagnostics as _diagnostics
 from stochdyn.data import Series, TimeGrid, datasets
-from stochdyn.decoders import NormalDecoder
+from stochdyn.decoders import (
+    AbstractDecoder,
+    BernoulliDecoder,
+    CategoricalDecoder,
+    NegativeBinomialDecoder,
+    NormalDecoder,
+    PoissonDecoder,
+    StudentTDecoder,
+)
 from stochdyn.diagnostics import (
     Calibration,
     TwoSample,
@@ -65,6 +73,7 @@ from stochdyn.inference import (
     posterior_collapse,
     predict,
 )
+from stochdyn.likelihoods import Censored
 from stochdyn.models import LatentSDE
 from stochdyn.paths import (
     Compiled,
@@ -85,12 +94,16 @@ __all__ = [
     "ELBO",
     "IWAE",
     "MLP",
+    "AbstractDecoder",
     "AbstractEncoder",
     "AbstractObjective",
     "Aggressive",
     "AmortizedGuide",
     "AnalyticKL",
+    "BernoulliDecoder",
     "Calibration",
+    "CategoricalDecoder",
+    "Censored",
     "Compiled",
     "Constant",
     "ConvEncoder",
@@ -123,11 +136,13 @@ __all__ = [
     "MatrixDiffusion",
     "MeanField",
     "Message",
+    "NegativeBinomialDecoder",
     "NeuralField",
     "NeuralSDE",
     "NormalDecoder",
     "ODERNNEncoder",
     "PathELBO",
+    "PoissonDecoder",
     "PosteriorCollapse",
     "PosteriorDrift",
     "Prediction",
@@ -138,6 +153,7 @@ __all__ = [
     "ShapeError",
     "StickingTheLanding",
     "StochdynError",
+    "StudentTDecoder",
     "SupportError",
     "TimeError",
     "TimeGrid",

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
 HIERARCHY = ROOT / "examples" / "hierarchy.py"
+CENSORED = ROOT / "examples" / "censored.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -60,6 +61,14 @@ def test_hierarchy(tmp_path):
         r"^60 patients never seen, of new clinics: 90 % intervals hold \d+%", done.stdout, re.MULTILINE
     )
     assert (tmp_path / "examples" / "output" / "hierarchy.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not CENSORED.exists(), reason="an installed package has no examples")
+def test_censored(tmp_path):
+    done = python("-W", "ignore", str(CENSORED), "--smoke", cwd=tmp_path)
+    rows = re.findall(r"^(.*?) +rate \d\.\d+ \[\d\.\d+, \d\.\d+\]", done.stdout, re.MULTILINE)
+    assert rows == ["dropped", "half the limit", "censored", "nothing lost"]
+    assert (tmp_path / "examples" / "output" / "censored.png").stat().st_size > 10_000
 
 
 STATE = """
