@@ -105,7 +105,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     mpl.use("Agg")
     torch.set_num_threads(1)  # tensors this small are slower on several
     pyro.set_rng_seed(0)
-    times, y = simulate()
+    times, y = simulate(4 if smoke else 12)
     below = float((y <= torch.tensor(LIMIT).log()).float().mean())
     print(f"{below:.0%} of the readings are at or below {LIMIT} mg/l; the true rate is {RATE} per hour")
     rates, forecast = {}, None
