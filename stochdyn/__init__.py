@@ -4,7 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 import stochdyn.diagnostics as _diagnostics
 from stochdyn.data import Series, TimeGrid, datasets
-from stochdyn.decoders import NormalDecoder
+from stochdyn.decoders import (
+    AbstractDecoder,
+    BernoulliDecoder,
+    CategoricalDecoder,
+    NegativeBinomialDecoder,
+    NormalDecoder,
+    PoissonDecoder,
+    StudentTDecoder,
+)
 from stochdyn.diagnostics import (
     Calibration,
     TwoSample,
@@ -90,6 +98,7 @@ from stochdyn.inference import (
     posterior_collapse,
     predict,
 )
+from stochdyn.likelihoods import Censored
 from stochdyn.models import LatentSDE
 from stochdyn.paths import (
     Compiled,
@@ -140,6 +149,7 @@ __all__ = [
     "IWAE",
     "MLP",
     "SRK",
+    "AbstractDecoder",
     "AbstractEncoder",
     "AbstractObjective",
     "Adjoint",
@@ -148,10 +158,13 @@ __all__ = [
     "AnalyticKL",
     "AntisymmetricEncoder",
     "AntisymmetricField",
+    "BernoulliDecoder",
     "Bjorck",
     "BoundedField",
     "BrownianMotion",
     "Calibration",
+    "CategoricalDecoder",
+    "Censored",
     "Checkpointed",
     "Compiled",
     "Constant",
@@ -196,12 +209,14 @@ __all__ = [
     "Message",
     "Midpoint",
     "Milstein",
+    "NegativeBinomialDecoder",
     "NeuralField",
     "NeuralSDE",
     "NormalDecoder",
     "ODERNNEncoder",
     "OrthogonalEncoder",
     "PathELBO",
+    "PoissonDecoder",
     "PosteriorCollapse",
     "PosteriorDrift",
     "Prediction",
@@ -218,6 +233,7 @@ __all__ = [
     "StochdynError",
     "StratonovichHeun",
     "StratonovichMidpoint",
+    "StudentTDecoder",
     "SupportError",
     "TamedEuler",
     "TimeError",

@@ -15,6 +15,8 @@ from stochdyn.processes import NeuralSDE
 class LatentSDE(nn.Module):
     """A latent neural SDE, observed with noise: z = process(ts), y ~ decoder(z(t)) at the times of every series.
 
+    Missing and censored values (`Series(..., mask=, lower=, upper=)`) are dealt with by `batch.observe`.
+
     `model(batch)` is the model, `model.guide(batch)` its amortised guide: `sd.fit(model, model.guide, batch)`. Every
     part can be replaced by a module of your own.
 
@@ -75,6 +77,5 @@ class LatentSDE(nn.Module):
         grid = TimeGrid(batch.times, substeps=self.substeps)
         with batch.plate("series"):
             z = pyro.sample("z", self.process(grid.ts))
-            seen = self.decoder(grid.observed(z)).mask(batch.mask).to_event(2)
-            pyro.sample("y", seen, obs=batch.values)
+            batch.observe("y", self.decoder(grid.observed(z)))
         return z

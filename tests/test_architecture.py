@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_POSITIONAL = 500, 60, 3, 6
 ORDER = (
     {"errors", "shapes"},
+    {"likelihoods"},
     {"data"},
     {"fields"},
     {"solvers"},

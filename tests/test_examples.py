@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
 HIERARCHY = ROOT / "examples" / "hierarchy.py"
 KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
+CENSORED = ROOT / "examples" / "censored.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -72,6 +73,14 @@ def test_known_physics(tmp_path):
     assert 0 < error < without
     assert re.search(r"^The 95 % interval holds the truth at \d+% of the points", done.stdout, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "known_physics.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not CENSORED.exists(), reason="an installed package has no examples")
+def test_censored(tmp_path):
+    done = python("-W", "ignore", str(CENSORED), "--smoke", cwd=tmp_path)
+    rows = re.findall(r"^(.*?) +rate \d\.\d+ \[\d\.\d+, \d\.\d+\]", done.stdout, re.MULTILINE)
+    assert rows == ["dropped", "half the limit", "censored", "nothing lost"]
+    assert (tmp_path / "examples" / "output" / "censored.png").stat().st_size > 10_000
 
 
 STATE = """

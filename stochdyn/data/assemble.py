@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stochdyn.data.censoring import exact, place, read_limits
 from stochdyn.data.checks import (
     as_real,
     check_names,
@@ -18,7 +19,7 @@ from stochdyn.data.checks import (
     value_dtype,
 )
 from stochdyn.data.groups import read_groups
-from stochdyn.data.ragged import repeat_last, stack_covariates, stack_rows
+from stochdyn.data.ragged import pad_limits, repeat_last, stack_covariates, stack_rows
 from stochdyn.errors import DataError
 from stochdyn.shapes import check_shape
 
@@ -33,6 +34,7 @@ def assemble(
     covariates: Any,
     dtype: torch.dtype,
     groups: Mapping[str, Any] | None = None,
+    limits: dict[str, Any] | None = None,
     lengths: Tensor | None = None,
 ) -> dict[str, Any]:
     """Check everything and return the fields of a `Series` that is a whole population.
@@ -46,6 +48,7 @@ def assemble(
         covariates: anything array-like, or None.
         dtype: the dtype of values and covariates.
         groups: labels of the series by the name of a grouping, or None.
+        limits: `lower`, `upper` and `between` of censored values, or None.
         lengths: (series,) where known, else read off the padding.
 
     Example:
@@ -65,10 +68,15 @@ def assemble(
         lengths = lengths if times.ndim == 1 else real_lengths(times, mask)
     check_times(rows, lengths[: len(rows)], where)
     check_resolution(rows, lengths[: len(rows)], dtype, where)
+    say = name_reading(times, labels, names)
+    ends = read_limits(raw, mask, limits or {}, dtype, say)
+    low, high = ends or (None, None)
     return {
         "times": times,
-        "values": fill_missing(raw, mask, dtype, name_reading(times, labels, names)),
+        "values": place(fill_missing(raw, exact(mask, ends), dtype, say), ends),
         "mask": mask,
+        "low": low,
+        "high": high,
         "lengths": lengths,
         "channels": names,
         "covariates": _read_covariates(covariates, rows, lengths, dtype),
@@ -96,6 +104,7 @@ def assemble_rows(
     times, values, mask, lengths = stack_rows(rows, [f"series {label}" for label in labels])
     shared = bool((lengths == lengths[0]).all() and (times == times[0]).all())
     padded = stack_covariates(covariates, lengths)
+    options["limits"] = pad_limits(options.get("limits") or {}, lengths)
     kept = times[0] if shared else times
     return assemble(kept, values, mask, lengths=lengths, ids=ids, covariates=padded, **options)
 

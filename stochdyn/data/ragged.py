@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from stochdyn.data.censoring import frame_limits
 from stochdyn.data.checks import as_mask, as_real, check_devices
 from stochdyn.data.groups import constant_labels
 from stochdyn.errors import DataError, DtypeError, ShapeError, TimeError
@@ -104,7 +105,7 @@ def _read_row(row: Any, place: str) -> tuple[Tensor, Tensor, Tensor]:
     return times, values, mask
 
 
-def stack_covariates(covariates: Any, lengths: Tensor) -> Any:
+def stack_covariates(covariates: Any, lengths: Tensor, name: str = "covariates") -> Any:
     """Pad a list of (time_i, covariate) arrays by their last row; anything else passes through.
 
     Raises:
@@ -117,14 +118,30 @@ def stack_covariates(covariates: Any, lengths: Tensor) -> Any:
     """
     if not isinstance(covariates, list | tuple) or len(covariates) != len(lengths):
         return covariates
-    rows = [as_real(f"covariates of series {i}", row) for i, row in enumerate(covariates)]
+    rows = [as_real(f"{name} of series {i}", row) for i, row in enumerate(covariates)]
     if rows[0].ndim != 2:
         return covariates
     for i, (row, length) in enumerate(zip(rows, lengths.tolist(), strict=True)):
         check_shape(
-            f"covariates of series {i}", row, [length, rows[0].shape[1]], "One row per time of the series."
+            f"{name} of series {i}", row, [length, rows[0].shape[1]], "One row per time of the series."
         )
     return repeat_last(pad_sequence(rows, batch_first=True), lengths.to(rows[0].device))
+
+
+def pad_limits(limits: dict[str, Any], lengths: Tensor) -> dict[str, Any]:
+    """Lists of (time_i, channel) limits of censoring, padded to (series, time, channel); all else passes through.
+
+    Example:
+        >>> pad_limits({"lower": [[[1.0], [2.0]], [[3.0]]]}, torch.tensor([2, 1]))["lower"].shape
+        torch.Size([2, 2, 1])
+    """
+
+    def padded(name: str, limit: Any) -> Any:
+        if name == "between" and isinstance(limit, list | tuple) and len(limit) == 2:
+            return tuple(stack_covariates(end, lengths, name) for end in limit)
+        return stack_covariates(limit, lengths, name)
+
+    return {name: padded(name, limit) for name, limit in limits.items()}
 
 
 def merge_times(times: Tensor, lengths: Tensor, extra: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,8 +218,19 @@ def extend_rows(series: Any, ts: Any) -> dict[str, Any]:
         "times": times[0] if shared else times,
         "values": take_times(torch.cat([series.values, blank], 1), source),
         "mask": take_times(torch.cat([series.mask, torch.zeros_like(blank, dtype=torch.bool)], 1), source),
+        **_extended_ends(series, blank, source),
         "lengths": total.expand(len(series)),
         "covariates": carry_forward(series.covariates, rows, lengths, times),
+    }
+
+
+def _extended_ends(series: Any, blank: Tensor, source: Tensor) -> dict[str, Tensor]:
+    if series.low is None:
+        return {}
+    ends = {"low": (series.low, -torch.inf), "high": (series.high, torch.inf)}
+    return {
+        name: take_times(torch.cat([end, torch.full_like(blank, nothing)], 1), source)
+        for name, (end, nothing) in ends.items()
     }
 
 
@@ -213,6 +241,8 @@ def read_frame(
     series: str | None,
     covariates: str | Sequence[str],
     groups: str | Sequence[str] = (),
+    *,
+    limits: dict[str, Any] | None = None,
 ) -> tuple[list[Any], dict[str, Any]]:
     """Read a long pandas frame into rows (times, values, mask), and channels, ids, covariates and groups.
 
@@ -244,10 +274,12 @@ def read_frame(
             )
         members_of.setdefault(label, []).append(position)
     order = [np.asarray(members)[times[members].argsort(kind="stable")] for members in members_of.values()]
-    rows = [(times[o], readings[o], ~np.isnan(readings[o])) for o in order]
+    ends = frame_limits(lambda name: _column(frame, name), limits or {}, len(names), order)
+    inside = [~np.isnan(e) for e in ends["between"][0]] if "between" in ends else [False] * len(order)
+    rows = [(times[o], readings[o], ~np.isnan(readings[o]) | i) for o, i in zip(order, inside, strict=True)]
     covariates_of = None if extras is None else [extras[o] for o in order]
     where = [f"series {label}" for label in members_of]
-    return rows, {
+    return rows, ends | {
         "channels": [str(name) for name in names],
         "ids": tuple(members_of),
         "covariates": covariates_of,

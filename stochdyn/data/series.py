@@ -10,10 +10,13 @@ from torch import Tensor
 
 from stochdyn.data import ragged
 from stochdyn.data.assemble import assemble, assemble_rows, name_reading, name_rows
+from stochdyn.data.censoring import exact, place
 from stochdyn.data.checks import as_mask, as_real, check_devices, check_resolution, fill_missing, value_dtype
 from stochdyn.data.groups import Grouping, find_grouping
 from stochdyn.data.positions import positions
+from stochdyn.data.support import check_support
 from stochdyn.errors import DataError
+from stochdyn.likelihoods import Censored
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
@@ -36,9 +39,16 @@ class Series:
         ids: labels of the series, by default 0, 1, ...
         covariates: known inputs of each series.
         groups: labels of the group of each series, by the name of the grouping, e.g. {"site": labels}.
+        lower: lower limit of quantification: a value at or below it says only that the truth is. A number,
+            (channel,), or (series, time, channel) with sizes of 1 where it does not vary; -inf where there is none.
+        upper: upper limit: a value at or above it says only that the truth is; inf where there is none.
+        between: (low, high), each as `lower`: the truth lies between them, whatever the value is. NaN in both where
+            the value is exact.
         dtype: the floating dtype of values and covariates.
 
     Attributes:
+        low: (series, time, channel) or None, the lower end of what is known of a censored value, -inf if there is none
+            or the value is exact; `high` likewise. `values` holds the limit there, or the middle of both ends.
         lengths: (series,) the number of times of each series without padding.
         index: (series,) the position of each series in the population; slicing keeps it.
         population: the number of series in the full data.
@@ -58,6 +68,8 @@ class Series:
     times: Tensor
     values: Tensor
     mask: Tensor
+    low: Tensor | None
+    high: Tensor | None
     lengths: Tensor
     channels: tuple[str, ...]
     covariates: Tensor | None
@@ -77,6 +89,9 @@ class Series:
         ids: Sequence[Any] | None = None,
         covariates: Any = None,
         groups: Mapping[str, Any] | None = None,
+        lower: Any = None,
+        upper: Any = None,
+        between: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         kind = value_dtype(values, dtype)
@@ -89,6 +104,7 @@ class Series:
             ids=ids,
             covariates=covariates,
             groups=groups,
+            limits={"lower": lower, "upper": upper, "between": between},
             dtype=kind,
         )
         self.__dict__.update(fields)
@@ -102,6 +118,9 @@ class Series:
         ids: Sequence[Any] | None = None,
         covariates: Any = None,
         groups: Mapping[str, Any] | None = None,
+        lower: Any = None,
+        upper: Any = None,
+        between: Any = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Series of different lengths: `[(times_i, values_i), ...]` or `[(times_i, values_i, mask_i), ...]`.
@@ -111,6 +130,7 @@ class Series:
         Args:
             rows: times_i (time_i,), values_i (time_i, channel), mask_i (time_i,) or (time_i, channel).
             covariates: (series, covariate), or a list of (time_i, covariate) padded like the rows.
+            lower, upper, between: as for `Series`, or a list of (time_i, channel) padded like the rows.
             channels, ids, groups, dtype: as for `Series`.
 
         Example:
@@ -120,7 +140,8 @@ class Series:
             ([3, 1], [0.5, 0.5, 0.5])
         """
         named = {"channels": channels, "ids": ids, "covariates": covariates, "groups": groups, "dtype": dtype}
-        return cls._of(assemble_rows(list(rows), **named))
+        limits = {"lower": lower, "upper": upper, "between": between}
+        return cls._of(assemble_rows(list(rows), limits=limits, **named))
 
     @classmethod
     def from_frame(
@@ -132,6 +153,9 @@ class Series:
         *,
         covariates: str | Sequence[str] = (),
         groups: str | Sequence[str] = (),
+        lower: Any = None,
+        upper: Any = None,
+        between: Any = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A long pandas frame, one row per series and time; rows need not be sorted.
@@ -145,6 +169,9 @@ class Series:
             series: the column that labels the series; None where there is only one.
             covariates: columns of known inputs, without holes.
             groups: columns that label groups of series, the same in all rows of a series.
+            lower, upper: limits of quantification: a number, the name of a column (NaN where there is none), or a list
+                with one of them for each channel.
+            between: (low, high), each like `lower`; a value with both ends is observed, also if it is NaN.
             dtype: as for `Series`.
 
         Raises:
@@ -158,7 +185,8 @@ class Series:
             >>> series.times.tolist(), series.mask.tolist()
             ([1900.0, 1901.0], [[[True, True], [True, False]]])
         """
-        rows, options = ragged.read_frame(frame, time, values, series, covariates, groups)
+        limits = {"lower": lower, "upper": upper, "between": between}
+        rows, options = ragged.read_frame(frame, time, values, series, covariates, groups, limits=limits)
         return cls.from_list(rows, **options, dtype=dtype)
 
     @classmethod
@@ -175,6 +203,22 @@ class Series:
     def obs_dim(self) -> int:
         """The number of channels."""
         return self.values.shape[-1]
+
+    @property
+    def censored(self) -> Tensor:
+        """(series, time, channel) True where a value is known only to lie between `low` and `high`.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> series = sd.Series([0.0, 1.0], [[[0.02], [3.0]]], lower=0.1)
+            >>> series.censored.flatten().tolist(), series.values.flatten().tolist()
+            ([True, False], [0.10000000149011612, 3.0])
+        """
+        return self.mask & ~exact(self.mask, self._ends)
+
+    @property
+    def _ends(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def ids(self) -> tuple[Any, ...]:
@@ -238,6 +282,8 @@ class Series:
             times=self.times if self.times.ndim == 1 else self.times[where],
             values=self.values[where],
             mask=self.mask[where],
+            low=None if self.low is None else self.low[where],
+            high=None if self.high is None else self.high[where],
             lengths=self.lengths[where],
             covariates=None if self.covariates is None else self.covariates[where],
             index=self.index[where],
@@ -257,6 +303,33 @@ class Series:
         if self._whole:
             return pyro.plate(name, len(self), dim=dim)
         return pyro.plate(name, self.population, subsample=self.index, dim=dim)
+
+    def observe(self, name: str, likelihood: Any) -> Tensor:
+        """Condition on the values, inside `plate`: missing ones drop out, censored ones count as tails or intervals.
+
+        It is `pyro.sample(name, likelihood.mask(self.mask).to_event(2), obs=self.values)`, with the likelihood as
+        `Censored` where values are, and values outside the support named.
+
+        Args:
+            name: of the site.
+            likelihood: a distribution over scalars (..., series, time, channel), e.g. `decoder(states)`.
+
+        Raises:
+            DataError: if the likelihood cannot produce a value, naming the series, the time and the channel.
+            SupportError: if values are censored and the likelihood has no distribution function.
+
+        Example:
+            >>> import stochdyn as sd, pyro.distributions as dist
+            >>> series = sd.Series([0.0, 1.0], [[[0.02], [3.0]]], lower=0.1)
+            >>> with series.plate("series"):
+            ...     y = series.observe("y", dist.Normal(torch.ones(1, 2, 1), 1.0))
+        """
+        if likelihood._validate_args:
+            say = name_reading(self.times, self.ids, self.channels)
+            check_support(likelihood, self.values, exact(self.mask, self._ends), say)
+        if self.low is not None and self.high is not None:
+            likelihood = Censored(likelihood, self.low, self.high)
+        return pyro.sample(name, likelihood.mask(self.mask).to_event(2), obs=self.values)
 
     def to(self, *targets: str | torch.device | torch.dtype) -> Self:
         """The same data on another device or in another floating dtype; times stay in float64.
@@ -280,8 +353,12 @@ class Series:
     def _cast(self, dtype: torch.dtype) -> Self:
         self._check_times(dtype)
         say = name_reading(self.times, self.ids, self.channels)
+        ends = None if self.low is None or self.high is None else (self.low.to(dtype), self.high.to(dtype))
+        low, high = ends or (None, None)
         return self._with(
-            values=fill_missing(self.values, self.mask, dtype, say),
+            values=place(fill_missing(self.values, exact(self.mask, ends), dtype, say), ends),
+            low=low,
+            high=high,
             covariates=None if self.covariates is None else self.covariates.to(dtype),
         )
 
@@ -354,6 +431,9 @@ class Series:
         span = f"{high} shared" if self.times.ndim == 1 else f"{low} to {high} own"
         span += f" times from {float(self.times.min()):.10g} to {float(self.times.max()):.10g}"
         share = 100.0 * float(self.mask.sum()) / (int(self.lengths.sum()) * self.obs_dim)
-        about = f"channels {self.channels}, {share:.0f}% observed, {self.values.dtype}"
+        about = f"channels {self.channels}, {share:.0f}% observed, "
+        if self.low is not None:
+            about += f"{100.0 * float(self.censored.sum()) / max(float(self.mask.sum()), 1.0):.0f}% of them censored, "
+        about += f"{self.values.dtype}"
         about += "".join(f", {len(grouping)} groups {name!r}" for name, grouping in self._groups.items())
         return f"Series({len(self)}{part} series, {span}, {about})"

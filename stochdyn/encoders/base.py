@@ -40,7 +40,8 @@ class Rows:
     """The observed times of every series, the last one first; whatever follows a series' own rows is unused.
 
     Attributes:
-        inputs: (series, row, 2 channel + covariate) values (zero where missing), mask, covariates.
+        inputs: (series, row, 2 channel + covariate) values (zero where missing, the limit where censored), the mask
+            (-1 where censored), covariates.
         gap: (series, row) the time to the next observed time, zero for the last, in time units.
         elapsed: (series, row) the time to the last observed one.
     """
@@ -59,7 +60,8 @@ class AbstractBackwardEncoder(AbstractEncoder):
     """An encoder that goes through the observed times backwards; a subclass writes `encode`.
 
     Times at which nothing was observed (padding, times added for a forecast) are left out: they change no other
-    entry, and have the entry of the next observed time, or zeros where none follows.
+    entry, and have the entry of the next observed time, or zeros where none follows. A censored value comes in as its
+    limit, with -1 in place of 1 in the mask.
 
     Args:
         obs_dim: number of channels.
@@ -137,7 +139,9 @@ class AbstractBackwardEncoder(AbstractEncoder):
     def _inputs(self, batch: Series) -> Tensor:
         dtype = next(self.parameters()).dtype
         values = batch.values if self.transform is None else self.transform(batch.values)
-        parts = [torch.where(batch.mask, values, torch.zeros_like(values)).to(dtype), batch.mask.to(dtype)]
+        seen = batch.mask.to(dtype)
+        seen = seen if batch.low is None else torch.where(batch.censored, -seen, seen)
+        parts = [torch.where(batch.mask, values, torch.zeros_like(values)).to(dtype), seen]
         if self.covariates and batch.covariates is not None:
             given = batch.covariates.to(dtype)
             parts.append(given if given.dim() == 3 else given[:, None].expand(-1, values.shape[1], -1))

@@ -24,6 +24,8 @@ def series_signature(batch: Series) -> Tensor:
     times = batch.times.expand(batch.mask.shape[:2])[..., None].expand(batch.mask.shape)
     rank = seen.cumsum(1).double()
     numbers = rank * (batch.values.flatten(1).double() + 1) + rank.sqrt() * times.flatten(1)
+    if batch.low is not None:
+        numbers = numbers + rank.sqrt() * batch.censored.flatten(1)
     return (numbers * seen).sum(-1)
 
 
