@@ -7,3 +7,4 @@ from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.marginal import MarginalPath
 from stochdyn.paths.message import Message
 from stochdyn.paths.sde import SDEPath, information_filter
+from stochdyn.paths.stationary import Stationary
