@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import stochdyn.diagnostics as _diagnostics
-from stochdyn.data import Series, TimeGrid, datasets
+from stochdyn.data import AbstractInterpolation, Carried, LinearInterpolation, Series, TimeGrid, datasets
 from stochdyn.decoders import NormalDecoder
 from stochdyn.diagnostics import (
     Calibration,
@@ -88,11 +88,13 @@ __all__ = [
     "IWAE",
     "MLP",
     "AbstractEncoder",
+    "AbstractInterpolation",
     "AbstractObjective",
     "Aggressive",
     "AmortizedGuide",
     "AnalyticKL",
     "Calibration",
+    "Carried",
     "Compiled",
     "Constant",
     "ConvEncoder",
@@ -119,6 +121,7 @@ __all__ = [
     "Heun",
     "LatentSDE",
     "Linear",
+    "LinearInterpolation",
     "LogRatio",
     "MarginalPath",
     "Marginals",
