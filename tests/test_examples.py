@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
 HIERARCHY = ROOT / "examples" / "hierarchy.py"
+TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -60,6 +61,14 @@ def test_hierarchy(tmp_path):
         r"^60 patients never seen, of new clinics: 90 % intervals hold \d+%", done.stdout, re.MULTILINE
     )
     assert (tmp_path / "examples" / "output" / "hierarchy.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not TIPPING_POINTS.exists(), reason="an installed package has no examples")
+def test_tipping_points(tmp_path):
+    done = python("-W", "ignore", str(TIPPING_POINTS), "--smoke", cwd=tmp_path, timeout=300)
+    assert "truth: stable node at -0.38, unstable node at 0.69, stable node at 1.99" in done.stdout
+    assert re.search(r"^probability of alternative stable states: [01]\.\d\d$", done.stdout, re.MULTILINE)
+    assert (tmp_path / "examples" / "output" / "tipping_points.png").stat().st_size > 10_000
 
 
 STATE = """

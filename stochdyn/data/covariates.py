@@ -63,7 +63,20 @@ class Given:
 
 
 class AbstractInterpolation(ABC):
-    """How covariates vary between the times at which they were given."""
+    """How covariates vary between the times at which they were given: `Carried()`, `LinearInterpolation()`, your own.
+
+    Example:
+        >>> import torch, stochdyn as sd
+        >>> class Nearest(sd.AbstractInterpolation):
+        ...     def steps(self, given, ts):
+        ...         before, after = given.around(ts)
+        ...         after = torch.where(after == given.values.shape[1], before, after)
+        ...         (start, low), (end, high) = given.read(before), given.read(after)
+        ...         return torch.where(ts[..., None] - start < end - ts[..., None], low, high)
+        >>> batch = sd.Series([0.0, 2.0], torch.zeros(1, 2, 1), covariates=torch.tensor([[[5.0], [7.0]]]))
+        >>> sd.TimeGrid(batch.times, substeps=4).context(batch, Nearest()).flatten()
+        tensor([5., 5., 7., 7., 7.])
+    """
 
     @abstractmethod
     def steps(self, given: Given, ts: Tensor) -> Tensor:
