@@ -78,7 +78,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     torch.manual_seed(0)
     data = simulate(plots=4 if smoke else 12, years=10 if smoke else 30)
     guide = sd.AmortizedGuide(model)
-    fit = sd.fit(model, guide, data, steps=5 if smoke else 400, lr=0.03)
+    fit = sd.fit(model, guide, data, steps=5 if smoke else 150, lr=0.02)
     print(fit)
 
     fields = sd.posterior_fields(fit, data, draws=20 if smoke else 200)

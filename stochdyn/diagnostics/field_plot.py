@@ -135,7 +135,7 @@ def _draw_point(ax: Axes, point: FixedPoint, place: np.ndarray, said: set[str]) 
         low, high = np.quantile(place[:, 0], [0.05, 0.95])
         ax.plot([low, high], place[:2, 1], color=color, lw=5, alpha=0.35, solid_capstyle="round", zorder=6)
     elif len(place) > 1:
-        ax.plot(*place.T, ".", color=color, ms=4, alpha=0.4, mew=0, zorder=5)
+        ax.plot(*place.T, "o", color=color, ms=3.5, alpha=0.5, mew=0, zorder=5)
     saddle, solid = point.kind == "saddle", point.kind.startswith("stable")
     label = point.kind if point.kind not in said else None
     said.add(point.kind)

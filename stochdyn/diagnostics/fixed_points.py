@@ -241,24 +241,32 @@ def _match(found: list[list[_Zero]], match: float, width: np.ndarray) -> list[li
         centres = [_centre(group, found) for group in groups]
         groups = [[] for _ in groups]
         for d in order:
-            pairs = sorted(
-                (np.abs((zero.draw_location - location) / width).max(), i, c)
-                for i, zero in enumerate(found[d])
-                for c, (location, index) in enumerate(centres)
-                if index == zero.index
-            )
-            taken: dict[int, int] = {}
-            for gap, i, c in pairs:
-                if gap <= match and i not in taken and c not in taken.values():
-                    taken[i] = c
-            for i, zero in enumerate(found[d]):
-                if i not in taken:
-                    centres.append((zero.draw_location, zero.index))
-                    groups.append([])
-                    taken[i] = len(groups) - 1
-                groups[taken[i]].append((d, i))
+            for i, c in sorted(_assign(found[d], centres, match, width).items()):
+                groups.extend([] for _ in range(c + 1 - len(groups)))
+                groups[c].append((d, i))
         groups = [group for group in groups if group]
     return groups
+
+
+def _assign(
+    zeros: list[_Zero], centres: list[tuple[np.ndarray, int]], match: float, width: np.ndarray
+) -> dict[int, int]:
+    """A centre for each zero of a draw, the nearest pairs first; what finds none becomes a centre."""
+    pairs = sorted(
+        (np.abs((zero.draw_location - location) / width).max(), i, c)
+        for i, zero in enumerate(zeros)
+        for c, (location, index) in enumerate(centres)
+        if index == zero.index
+    )
+    taken: dict[int, int] = {}
+    for gap, i, c in pairs:
+        if gap <= match and i not in taken and c not in taken.values():
+            taken[i] = c
+    for i, zero in enumerate(zeros):
+        if i not in taken:
+            taken[i] = len(centres)
+            centres.append((zero.draw_location, zero.index))
+    return taken
 
 
 def _centre(group: list[tuple[int, int]], found: list[list[_Zero]]) -> tuple[np.ndarray, int]:
