@@ -245,7 +245,28 @@ def _match(found: list[list[_Zero]], match: float, width: np.ndarray) -> list[li
                 groups.extend([] for _ in range(c + 1 - len(groups)))
                 groups[c].append((d, i))
         groups = [group for group in groups if group]
-    return groups
+    return _gathered(groups, found, match, width)
+
+
+def _gathered(
+    groups: list[list[tuple[int, int]]], found: list[list[_Zero]], match: float, width: np.ndarray
+) -> list[list[tuple[int, int]]]:
+    """A point in few draws gives its zeros to a near one in more draws, where that has none: one wide posterior."""
+    groups = sorted(groups, key=len, reverse=True)
+    for k, group in enumerate(groups):
+        location, index = _centre(group, found) if group else (0.0, None)
+        for c, other in enumerate(groups[k + 1 :], k + 1):
+            have = {d for d, _ in group}
+            near = [
+                (d, i)
+                for d, i in other
+                if d not in have
+                and found[d][i].index == index
+                and np.abs((found[d][i].draw_location - location) / width).max() <= match
+            ]
+            group.extend(near)
+            groups[c] = [pair for pair in other if pair not in near]
+    return [group for group in groups if group]
 
 
 def _assign(

@@ -151,6 +151,21 @@ class TestAcrossDraws:
         assert abs(point.kinds["stable focus"] - 0.5) < 0.05
         assert "stable focus 5" in found.summary() and "frequency 2" in found.summary()
 
+    def test_a_wide_posterior_is_one_point_beside_a_draw_with_two(self):
+        """One draw has three zeros on the right, the others one, spread around them."""
+        where = torch.linspace(1.0, 2.0, 30, dtype=F64)
+        two = torch.zeros(30, dtype=torch.bool)
+        two[15] = True
+
+        def drift(t, z):
+            one = -(z - where[..., None])
+            three = -(z - 1.2) * (z - 1.5) * (z - 1.8)
+            return torch.where(two[..., None], three, one)
+
+        found = sd.fixed_points(drift, starts((-2.0, 4.0)))
+        assert [round(30 * p.presence) for p in found.points] == [30, 1, 1]
+        assert np.ptp(found.points[0].location) == pytest.approx(1.0, abs=1e-6)
+
     def test_one_of_three_wells_is_missing_in_some_draws(self):
         """Tilted wells: the left one vanishes; the right one is not taken for it."""
         tilt = torch.linspace(0.0, 0.6, 25, dtype=F64)  # the fold is at 2 / sqrt(27) = 0.385
