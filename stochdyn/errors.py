@@ -43,6 +43,10 @@ class DiffusionError(FieldError):
     """The diffusion is zero, negative or singular where a density is asked for."""
 
 
+class StabilityError(FieldError):
+    """A drift is not stable where its stationary law is asked for; the message has the eigenvalue."""
+
+
 class DivergedError(StochdynError, ArithmeticError):
     """A path left the finite numbers; the message gives the first bad time and the last finite state."""
 

@@ -3,7 +3,7 @@
 import pyro
 from torch import Tensor, nn
 
-from stochdyn.data import Series, TimeGrid
+from stochdyn.data import AbstractInterpolation, Carried, Series, TimeGrid
 from stochdyn.decoders import AbstractDecoder, NormalDecoder
 from stochdyn.encoders import AbstractEncoder, GRUEncoder
 from stochdyn.guides import AmortizedGuide, FreeMessage
@@ -26,11 +26,16 @@ class LatentSDE(nn.Module):
         hidden: width of all networks.
         substeps: steps per gap between observations.
         noise: standard deviation of the observations at the start of training, in the units of the data.
-        process: in place of a `NeuralSDE(state_dim, hidden)`.
+        covariates: number of covariates of the series; they enter the drift, and the encoder at observed times.
+        interpolation: what covariates are between the times at which they were given.
+        process: in place of a `NeuralSDE(state_dim, hidden, context_dim=covariates)`.
         decoder: in place of a linear `NormalDecoder`.
-        encoder: in place of a `GRUEncoder(obs_dim, hidden)`.
+        encoder: in place of a `GRUEncoder(obs_dim, hidden, covariates=covariates)`.
         paths: how the guide guides the path: messages (`FreeMessage()`), or `PosteriorDrift()`, `Marginals()`.
         loop: `Compiled()` compiles the guide's loop over time.
+
+    Raises:
+        FieldError, ShapeError: when called with a batch of another number of covariates.
 
     References:
         Li, Wong, Chen & Duvenaud, "Scalable gradients for stochastic differential equations", 2020,
@@ -53,6 +58,8 @@ class LatentSDE(nn.Module):
         hidden: int = 64,
         substeps: int = 2,
         noise: float = 0.1,
+        covariates: int = 0,
+        interpolation: AbstractInterpolation = Carried(),  # noqa: B008
         process: nn.Module | None = None,
         decoder: AbstractDecoder | None = None,
         encoder: AbstractEncoder | None = None,
@@ -60,12 +67,11 @@ class LatentSDE(nn.Module):
         loop: Compiled | None = None,
     ) -> None:
         super().__init__()
-        self.substeps = substeps
-        self.process = process or NeuralSDE(state_dim, hidden)
+        self.substeps, self.covariates, self.interpolation = substeps, covariates, interpolation
+        self.process = process or NeuralSDE(state_dim, hidden, context_dim=covariates)
         self.decoder = decoder or NormalDecoder(nn.Linear(state_dim, obs_dim), obs_dim, scale=noise)
-        guide = AmortizedGuide(
-            self, encoder or GRUEncoder(obs_dim, hidden), paths=paths, hidden=hidden, loop=loop
-        )
+        encoder = encoder or GRUEncoder(obs_dim, hidden, covariates=covariates)
+        guide = AmortizedGuide(self, encoder, paths=paths, hidden=hidden, loop=loop)
         self._guide = (guide,)  # outside the module tree: what the guide learns is not the model's
 
     @property
@@ -75,7 +81,8 @@ class LatentSDE(nn.Module):
 
     def forward(self, batch: Series) -> Tensor:
         grid = TimeGrid(batch.times, substeps=self.substeps)
+        context = [grid.context(batch, self.interpolation)] if self.covariates else []
         with batch.plate("series"):
-            z = pyro.sample("z", self.process(grid.ts))
+            z = pyro.sample("z", self.process(grid.ts, *context))
             batch.observe("y", self.decoder(grid.observed(z)))
         return z

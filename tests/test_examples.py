@@ -15,6 +15,7 @@ LYNX_HARE = ROOT / "examples" / "lynx_hare.py"
 HIERARCHY = ROOT / "examples" / "hierarchy.py"
 KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
 CENSORED = ROOT / "examples" / "censored.py"
+TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -81,6 +82,14 @@ def test_censored(tmp_path):
     rows = re.findall(r"^(.*?) +rate \d\.\d+ \[\d\.\d+, \d\.\d+\]", done.stdout, re.MULTILINE)
     assert rows == ["dropped", "half the limit", "censored", "nothing lost"]
     assert (tmp_path / "examples" / "output" / "censored.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not TIPPING_POINTS.exists(), reason="an installed package has no examples")
+def test_tipping_points(tmp_path):
+    done = python("-W", "ignore", str(TIPPING_POINTS), "--smoke", cwd=tmp_path, timeout=300)
+    assert "truth: stable node at -0.38, unstable node at 0.69, stable node at 1.99" in done.stdout
+    assert re.search(r"^probability of alternative stable states: [01]\.\d\d$", done.stdout, re.MULTILINE)
+    assert (tmp_path / "examples" / "output" / "tipping_points.png").stat().st_size > 10_000
 
 
 STATE = """

@@ -200,3 +200,69 @@ def test_double_precision_takes_both():
     batch = sd.Series(batch.times, batch.values.double(), mask=batch.mask)
     fit = sd.fit(model, model.guide, batch, steps=2, progress=False)
     assert sd.predict(fit, batch, draws=3).states.dtype == torch.float64
+
+
+def driven(covariates=None, series=8):
+    """A relaxation towards an input that jumps, at times of its own."""
+    torch.manual_seed(0)
+    times = torch.linspace(0, 4, 9)
+    height = torch.randn(series, 1)
+    seen = torch.where(times > 2, height * (1 - torch.exp(2 - times)), torch.zeros(()))[..., None]
+    data = sd.Series(times, seen + 0.02 * torch.randn_like(seen))
+    return data.with_covariates(sd.Series([0.0, 2.1], torch.stack([0 * height, height], 1)))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "marginals"])
+def test_covariates_in_every_family(family):
+    torch.manual_seed(1)
+    paths, batch = FAMILIES.get(family, sd.Marginals()), driven()
+    model = sd.LatentSDE(1, 1, hidden=8, noise=0.5, covariates=1, paths=paths)
+    model.guide(batch)
+    objective = sd.PathELBO() if family == "marginals" else sd.ELBO()
+    fit = sd.fit(model, model.guide, batch, steps=25, lr=0.02, objective=objective, progress=False)
+    assert sum(fit.losses[-5:]) < sum(fit.losses[:5]) - 10
+    found = sd.predict(fit, batch, ts=[5.0], draws=5)
+    assert found.states.shape == (5, 8, 11, 1)
+    assert torch.isfinite(found.observations).all()
+
+
+def test_covariates_enter_the_drift_at_their_times():
+    """Against the same density written out, with the rows of the context by hand."""
+    torch.manual_seed(1)
+    model, batch = sd.LatentSDE(1, 1, hidden=8, covariates=1), driven()
+    site = poutine.trace(model).get_trace(batch).nodes["z"]
+    grid = sd.TimeGrid(batch.times, substeps=2)
+    acting = (grid.ts >= 2.1)[:, None] * batch.covariates[:, -1:]
+    prior = model.process(grid.ts, acting.reshape(8, -1, 1))
+    torch.testing.assert_close(site["fn"].log_prob(site["value"]), prior.log_prob(site["value"]))
+    early = model.process(grid.ts, torch.cat([acting[:, 1:], acting[:, -1:]], 1).reshape(8, -1, 1))
+    assert not torch.allclose(early.log_prob(site["value"]), prior.log_prob(site["value"]), rtol=1e-3)
+
+
+def test_a_known_future_of_the_covariates():
+    """Carried on without one; with one the forecast is another, and the past is the same."""
+    torch.manual_seed(1)
+    model, batch = sd.LatentSDE(1, 1, hidden=8, noise=0.1, covariates=1), driven()
+    fit = sd.fit(model, model.guide, batch, steps=60, lr=0.02, progress=False)
+    inputs = batch.covariates[:, [0, -1]]
+    plain = sd.predict(fit, batch, ts=[5.0, 6.0], draws=50)
+
+    def future(height):
+        rows = torch.cat([inputs, torch.full((8, 1, 1), height)], 1)
+        series = batch.with_covariates(sd.Series([0.0, 2.1, 5.0], rows))
+        return sd.predict(fit, series, ts=[6.0], draws=50)
+
+    kept, other = future(0.0), future(50.0)
+    assert torch.equal(kept.times, plain.times)
+    assert torch.equal(kept.states[:, :, :-1], other.states[:, :, :-1])  # up to time 5 and at it
+    assert (kept.states[:, :, -1] - other.states[:, :, -1]).abs().mean() > 0.5
+    same = sd.predict(fit, batch.with_covariates(sd.Series([0.0, 2.1], inputs)), ts=[5.0, 6.0], draws=50)
+    assert torch.equal(same.states, plain.states)
+
+
+def test_another_number_of_covariates_is_refused():
+    model = sd.LatentSDE(1, 1, hidden=8, covariates=2)
+    with pytest.raises(sd.FieldError, match="context of size 2, got 1"):
+        model(driven())
+    with pytest.raises(sd.DataError, match="no covariates"):
+        model(sd.Series([0.0, 1.0], torch.zeros(2, 2, 1)))

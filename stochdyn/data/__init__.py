@@ -1,7 +1,15 @@
 """Data: irregular, ragged and masked series, and the grid on which their paths live."""
 
 from stochdyn.data import datasets
+from stochdyn.data.covariates import AbstractInterpolation, Carried, LinearInterpolation
 from stochdyn.data.grid import TimeGrid
 from stochdyn.data.series import Series
 
-__all__ = ["Series", "TimeGrid", "datasets"]
+__all__ = [
+    "AbstractInterpolation",
+    "Carried",
+    "LinearInterpolation",
+    "Series",
+    "TimeGrid",
+    "datasets",
+]

@@ -85,6 +85,7 @@ def assemble(
         "_ids": labels,
         "_groups": read_groups(groups, size, raw.device),
         "_whole": True,
+        "_knots": None,
     }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.data.checks import as_real, show_time
+from stochdyn.data.covariates import AbstractInterpolation, Carried, context_of
 from stochdyn.data.series import Series
 from stochdyn.errors import ShapeError, TimeError
 from stochdyn.shapes import check_shape
@@ -112,6 +113,31 @@ class TimeGrid:
         if self.index.ndim == 1:
             return path.index_select(-2, self.index)
         return self._gather(path, fix)
+
+    def context(self, batch: Series, interpolation: AbstractInterpolation = Carried()) -> Tensor:  # noqa: B008
+        """The covariates of a batch for every step, as the `context` of a path.
+
+        Args:
+            batch: the series from whose times the grid was made.
+            interpolation: `Carried()`, by which a value acts from its time on, or `LinearInterpolation()`.
+
+        Shapes:
+            (series, steps + 1, covariate): row k is used in the step from ts[k] to ts[k + 1]; (series, 1, covariate)
+            where they are static.
+
+        Raises:
+            DataError: if there are no covariates, or the grid begins before the first.
+            ShapeError: if the grid is one of other series.
+
+        Example:
+            >>> import torch
+            >>> import stochdyn as sd
+            >>> batch = sd.Series([0.0, 1.0], torch.zeros(3, 2, 1), covariates=torch.randn(3, 2, 4))
+            >>> grid = sd.TimeGrid(batch.times, substeps=5)
+            >>> sd.NeuralSDE(2, context_dim=4)(grid.ts, grid.context(batch)).batch_shape
+            torch.Size([3])
+        """
+        return context_of(batch, self.ts, interpolation)
 
     def _gather(self, path: Tensor, fix: str) -> Tensor:
         try:

@@ -190,6 +190,36 @@ def carry_forward(covariates: Tensor | None, rows: Tensor, lengths: Tensor, time
     return take_times(covariates, before.expand(len(covariates), -1))
 
 
+def knots_of(batch: Any) -> Tensor:
+    """(series, time, covariate) where a value was given: by default at all real times.
+
+    Example:
+        >>> import torch, stochdyn as sd
+        >>> batch = sd.Series([0.0, 2.0], torch.zeros(1, 2, 1), covariates=torch.zeros(1, 2, 3))
+        >>> knots_of(batch).shape, bool(knots_of(batch).all())
+        (torch.Size([1, 2, 3]), True)
+    """
+    if batch._knots is not None:
+        return batch._knots
+    real = torch.arange(batch.values.shape[1], device=batch.index.device) < batch.lengths[:, None]
+    return real[..., None].expand(batch.covariates.shape)
+
+
+def extend_knots(batch: Any, source: Tensor, count: int) -> Tensor | None:
+    """The knots after `count` further times were merged in; none of these is one.
+
+    Example:
+        >>> import torch, stochdyn as sd
+        >>> batch = sd.Series([0.0, 2.0], torch.zeros(1, 2, 1), covariates=torch.zeros(1, 2, 1))
+        >>> extend_knots(batch, torch.tensor([[0, 2, 1]]), 1).flatten()
+        tensor([ True, False,  True])
+    """
+    if batch.covariates is None or batch.covariates.ndim == 2:
+        return None
+    knots = knots_of(batch)
+    return take_times(torch.cat([knots, torch.zeros_like(knots[:, :1]).expand(-1, count, -1)], 1), source)
+
+
 def _read_extra(ts: Any, device: torch.device) -> Tensor:
     extra = as_real("ts", ts).to(device, torch.float64)
     check_shape("ts", extra, ["time"], "The further times are shared by all series.")
@@ -221,6 +251,7 @@ def extend_rows(series: Any, ts: Any) -> dict[str, Any]:
         **_extended_ends(series, blank, source),
         "lengths": total.expand(len(series)),
         "covariates": carry_forward(series.covariates, rows, lengths, times),
+        "_knots": extend_knots(series, source, len(extra)),
     }
 
 

@@ -12,6 +12,7 @@ from stochdyn.data import ragged
 from stochdyn.data.assemble import assemble, assemble_rows, name_reading, name_rows
 from stochdyn.data.censoring import exact, place
 from stochdyn.data.checks import as_mask, as_real, check_devices, check_resolution, fill_missing, value_dtype
+from stochdyn.data.covariates import attach
 from stochdyn.data.groups import Grouping, find_grouping
 from stochdyn.data.positions import positions
 from stochdyn.data.support import check_support
@@ -78,6 +79,7 @@ class Series:
     _ids: Sequence[Any]
     _groups: Mapping[str, Grouping]
     _whole: bool
+    _knots: Tensor | None
 
     def __init__(
         self,
@@ -287,6 +289,7 @@ class Series:
             lengths=self.lengths[where],
             covariates=None if self.covariates is None else self.covariates[where],
             index=self.index[where],
+            _knots=None if self._knots is None else self._knots[where],
             _whole=False,
         )
 
@@ -422,6 +425,32 @@ class Series:
             ([0.0, 0.5, 1.0, 2.0], [True, False, True, False])
         """
         new = self._with(**ragged.extend_rows(self, ts))
+        new._check_times(self.values.dtype)
+        return new
+
+    def with_covariates(self, given: "Series", *, before: Any = None) -> Self:
+        """The same series with covariates that were given at times of their own: doses, stimuli, weather.
+
+        Their times are merged in as times at which nothing is observed, so that a grid made of `times` has them. They
+        replace the covariates that there were. Times after the last observation are a known future: `sd.predict` of
+        the result uses it.
+
+        Args:
+            given: the covariates as a `Series` of the same ids, one channel each; where its mask is False the value
+                before goes on.
+            before: the value at a series' first time where none was given by then: a number, or one per covariate.
+
+        Raises:
+            DataError: if a series has no covariates, or no value at its first time.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> doses = sd.Series([1.0, 1.5], [[[100.0], [0.0]]])
+            >>> series = sd.Series([0.0, 2.0], [[[1.0], [2.0]]]).with_covariates(doses, before=0.0)
+            >>> series.times.tolist(), series.covariates.flatten().tolist()
+            ([0.0, 1.0, 1.5, 2.0], [0.0, 100.0, 0.0, 0.0])
+        """
+        new = self._with(**attach(self, given, before))
         new._check_times(self.values.dtype)
         return new
 

@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from stochdyn.diagnostics.calibration import Calibration, sbc, tarp
 from stochdyn.diagnostics.calibration_plot import plot_calibration
+from stochdyn.diagnostics.field_plot import plot_field, plot_fixed_points
+from stochdyn.diagnostics.fields import FieldReading, PosteriorFields, posterior_fields, read_field
+from stochdyn.diagnostics.fixed_points import FixedPoint, FixedPoints, fixed_points
 from stochdyn.diagnostics.function_plot import plot_function
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
@@ -18,20 +21,29 @@ _LAZY = ("to_arviz", "to_inference_data")
 
 __all__ = [
     "Calibration",
+    "FieldReading",
+    "FixedPoint",
+    "FixedPoints",
     "ParetoK",
+    "PosteriorFields",
     "Summary",
     "SummaryRow",
     "TwoSample",
     "Variable",
     "build_tree",
     "c2st",
+    "fixed_points",
     "pareto_k",
     "plot_calibration",
+    "plot_field",
+    "plot_fixed_points",
     "plot_forecast",
     "plot_function",
     "plot_losses",
     "plot_phase",
+    "posterior_fields",
     "psis_weights",
+    "read_field",
     "sbc",
     "summarise",
     "tarp",

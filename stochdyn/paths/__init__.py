@@ -9,3 +9,4 @@ from stochdyn.paths.message import Message
 from stochdyn.paths.ode import odeint
 from stochdyn.paths.sde import SDEPath, information_filter
 from stochdyn.paths.simulate import sdeint
+from stochdyn.paths.stationary import Stationary
