@@ -32,7 +32,7 @@ def increments(level, paths, noises=1):
     return finest_increments(paths, noises).reshape(2**level, -1, paths, noises).sum(1)
 
 
-def strong_errors(solver, drift, diffusion, exact, paths=1000, noises=1, levels=LEVELS):
+def strong_errors(solver, drift, diffusion, exact, *, paths=1000, noises=1, levels=LEVELS):
     """Root mean square distance at time 1 to `exact`, made of the finest increments, from z = 1."""
     errors, wanted = [], exact(finest_increments(paths, noises))
     for level in levels:
@@ -54,7 +54,7 @@ def ou(dW, rate=1.5, sigma=0.8):
     return math.exp(-rate) + sigma * (torch.exp(-rate * (1 - s))[:, None, None] * dW).sum(0)
 
 
-def weak_errors(solver, drift, diffusion, wanted, levels=LEVELS, nodes=3, width=1.0):
+def weak_errors(solver, drift, diffusion, wanted, *, levels=LEVELS, nodes=3, width=1.0):
     """|E z_1^2 - wanted| from z = 1, by the backward equation u(z) = E u(z').
 
     u is kept at Chebyshev nodes around 0 within `width`: exact for steps that are linear in z, where u is a parabola.

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +61,9 @@ def derivatives(drift: Drift, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     t, z = t.contiguous(), z.contiguous()  # forward mode refuses expanded tensors
     still, columns = torch.zeros_like(t), []
-    f, f_t = torch.func.jvp(
-        lambda s, x: _full(drift(s, x), x), (t, z), (torch.ones_like(t), torch.zeros_like(z))
-    )
+    ones, zeros = torch.ones_like(t), torch.zeros_like(z)
+    found: Any = torch.func.jvp(lambda s, x: _full(drift(s, x), x), (t, z), (ones, zeros))
+    f, f_t = found
     for d in range(z.shape[-1]):
         unit = torch.zeros_like(z)
         unit[..., d] = 1
