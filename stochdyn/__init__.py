@@ -109,7 +109,7 @@ from stochdyn.inference import (
     predict,
 )
 from stochdyn.likelihoods import Censored
-from stochdyn.models import LatentSDE
+from stochdyn.models import LatentODE, LatentSDE
 from stochdyn.paths import (
     Compiled,
     GuidedPath,
@@ -214,6 +214,7 @@ __all__ = [
     "GuidedPath",
     "HamiltonianField",
     "Heun",
+    "LatentODE",
     "LatentSDE",
     "Linear",
     "LinearInterpolation",

@@ -20,7 +20,8 @@ class Prediction:
         data: the series, with the further times as missing.
         observations: (draw, series, time, channel) draws of what would be observed, also where something was.
         states: (draw, series, time, state) the smoothed or forecast states at the same times, of the first
-            path that has them on its grid; None without a path.
+            path that has them on its grid, or the first `pyro.deterministic` of shape (series, time, state) at
+            them; None without either.
         latents: every latent and `pyro.deterministic` by name, (draw, *plates, *event); paths on their whole
             grid.
         grids: the grid of every path by name.
@@ -152,4 +153,8 @@ def _states(found: Draws, data: Series) -> Tensor | None:
             lead = (len(data),) if batch.numel() in (1, len(data)) else batch
             states = states.reshape(found.size, -1, *states.shape[-2:])
             return states.expand(-1, lead[0], -1, -1) if len(lead) == 1 else states
+    wanted = (len(data), data.times.shape[-1])
+    for value, _ in found.deterministic.values():
+        if value.dim() == 4 and tuple(value.shape[1:3]) == wanted:
+            return value
     return None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import DivergedError, FieldError, ShapeError
-from stochdyn.fields import Field, call_field
+from stochdyn.fields import Field, call_field, draw_weights
 from stochdyn.paths.checks import (
     check_resolution,
     check_times,
@@ -64,6 +64,7 @@ def odeint(
         (torch.Size([3, 3, 1]), True)
     """
     _check_kinds(z0, solver, gradient)
+    field = draw_weights(field)
     ts = check_times(ts, True)
     check_resolution(ts, ts.dtype, z0.dtype)
     base = joint_batch(z0=z0.shape[:-1], ts=ts.shape[:-1])

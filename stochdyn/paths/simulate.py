@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import DivergedError, FieldError, ShapeError
-from stochdyn.fields import AbstractDiffusion, Field, as_diffusion, evaluate, probe
+from stochdyn.fields import AbstractDiffusion, Field, as_diffusion, draw_weights, evaluate, probe
 from stochdyn.paths.checks import (
     check_resolution,
     check_times,
@@ -69,7 +69,7 @@ def sdeint(
             f"sdeint: `solver` must be an SDE solver, e.g. sd.EulerMaruyama() or sd.SRK(), got {solver!r}. An ODE "
             "solver is a kernel as GaussianStep(mean=...)."
         )
-    problem, ts = _problem(drift, as_diffusion(diffusion), z0, ts, context)
+    problem, ts = _problem(draw_weights(drift), draw_weights(as_diffusion(diffusion)), z0, ts, context)
     if isinstance(solver, Milstein) and problem.diffusion.diagonal and not problem.diffusion.constant:
         check_own_coordinates(problem.diffusion, problem.times[0].to(z0.dtype), problem.z.detach())
     if isinstance(noise, Tensor):

@@ -81,9 +81,9 @@ class Milstein(AbstractKernel):
         def value(x: Tensor) -> Tensor:
             return diffusion(t, x, context).expand(x.shape)
 
-        g, slope = torch.func.jvp(
-            value, (z.contiguous(),), (torch.ones(z.shape, dtype=z.dtype, device=z.device),)
-        )
+        one = torch.ones(z.shape, dtype=z.dtype, device=z.device)
+        found: Any = torch.func.jvp(value, (z.contiguous(),), (one,))  # forward mode refuses expanded tensors
+        g, slope = found
         return g, g * slope
 
 

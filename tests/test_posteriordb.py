@@ -1,0 +1,144 @@
+"""Published posteriors: Lotka-Volterra on the Hudson Bay pelts, by variational inference and by NUTS."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import MCMC, NUTS
+from torch.distributions import constraints
+
+import stochdyn as sd
+
+F64 = torch.float64
+FOLDER = os.environ.get("STOCHDYN_DATA")
+DRAWS = Path(FOLDER or ".") / "lotka_volterra_reference_draws.npz"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not DRAWS.exists(), reason="set STOCHDYN_DATA to the folder with lotka_volterra_reference_draws.npz"
+    ),
+]
+NAMES = [*(f"theta[{k}]" for k in (1, 2, 3, 4)), "z_init[1]", "z_init[2]", "sigma[1]", "sigma[2]"]
+
+
+class PositiveNormal(dist.Normal):
+    """A normal, truncated to the positive numbers; its density up to a constant."""
+
+    support = constraints.positive
+
+    def rsample(self, sample_shape=torch.Size()):  # noqa: B008
+        shape = self._extended_shape(sample_shape)
+        below = torch.special.ndtr(-self.loc / self.scale)
+        share = below + (1 - below) * torch.rand(shape, dtype=self.loc.dtype).clamp(1e-6, 1 - 1e-6)
+        return self.loc + self.scale * torch.special.ndtri(share)
+
+    def sample(self, sample_shape=torch.Size()):  # noqa: B008
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+def parameters():
+    """Of the Stan case study: rates, starts, relative errors."""
+    loc, scale = torch.tensor([1.0, 0.05, 1.0, 0.05], dtype=F64), torch.tensor([0.5, 0.05, 0.5, 0.05], dtype=F64)
+    theta = pyro.sample("theta", PositiveNormal(loc, scale).to_event(1))
+    z_init = pyro.sample("z_init", dist.LogNormal(torch.full((2,), 10.0, dtype=F64).log(), 1.0).to_event(1))
+    sigma = pyro.sample("sigma", dist.LogNormal(torch.full((2,), -1.0, dtype=F64), 1.0).to_event(1))
+    return theta, z_init, sigma
+
+
+def rates(theta):
+    a, b, c, d = theta[..., None, :].unbind(-1)
+
+    def field(t, z):
+        x, y = z[..., :1], z[..., 1:]
+        return torch.cat([(a - b * y) * x, (d * x - c) * y], -1)
+
+    return field
+
+
+def pelts():
+    data = sd.datasets.lynx_hare()
+    return sd.Series(data.times, data.values.double(), channels=data.channels)
+
+
+def ode(batch, solver=sd.RungeKutta4(3)):  # noqa: B008
+    theta, z_init, sigma = parameters()
+    z = sd.odeint(rates(theta), z_init, batch.times, solver=solver)
+    seen = dist.LogNormal(z.clamp(min=1e-8).log(), sigma[..., None, :])
+    with batch.plate("series"):
+        pyro.sample("y", seen.to_event(2), obs=batch.values)
+
+
+def sde(mean):
+    """The log populations as a path of tiny noise, so that any bias is that of the mean."""
+
+    def model(batch):
+        theta, z_init, sigma = parameters()
+        a, b, c, d = theta[..., None, :].unbind(-1)
+
+        def drift(t, z):
+            x, y = z[..., :1].exp(), z[..., 1:].exp()
+            return torch.cat([a - b * y, d * x - c], -1)
+
+        grid = sd.TimeGrid(batch.times, substeps=5)
+        start = z_init.log()[..., None, :]
+        with batch.plate("series"):
+            path = sd.SDEPath(drift, torch.full((2,), 1e-3, dtype=F64), start, grid.ts, solver=mean)
+            z = pyro.sample("z", path)
+            seen = dist.LogNormal(grid.observed(z), sigma[..., None, None, :])
+            pyro.sample("y", seen.to_event(2), obs=batch.values)
+
+    return model
+
+
+def reference():
+    drawn = np.load(DRAWS)
+    return {name: drawn[name].reshape(-1) for name in NAMES}
+
+
+def distances(draws):
+    """Of means in reference sd, and of sds as a ratio."""
+    flat = {}
+    for site in ("theta", "z_init", "sigma"):
+        for k, column in enumerate(draws[site].reshape(-1, draws[site].shape[-1]).T, 1):
+            flat[f"{site}[{k}]"] = column.detach().numpy()
+    wanted = reference()
+    shift = np.array([(flat[n].mean() - wanted[n].mean()) / wanted[n].std() for n in NAMES])
+    ratio = np.array([flat[n].std() / wanted[n].std() for n in NAMES])
+    return shift, ratio
+
+
+def posterior(model, latents, steps=3000, objective=None):
+    pyro.set_rng_seed(0)
+    batch = pelts()
+    guide = sd.AmortizedGuide(model, latents=latents)
+    fit = sd.fit(model, guide, batch, steps=steps, lr=0.02, objective=objective or sd.ELBO(), progress=False)
+    return sd.predict(fit, batch, draws=4000).latents
+
+
+def test_ode_by_a_guide():
+    shift, ratio = distances(posterior(ode, sd.FullRank()))
+    assert np.abs(shift).max() < 0.1
+    assert np.abs(ratio - 1).max() < 0.1
+    narrow = distances(posterior(ode, sd.MeanField(), steps=1500))[1]
+    assert narrow.min() < 0.7
+
+
+def test_ode_by_nuts():
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(NUTS(ode), num_samples=1500, warmup_steps=500, disable_progbar=True)
+    mcmc.run(pelts())
+    shift, ratio = distances(mcmc.get_samples())
+    assert np.abs(shift).max() < 0.1
+    assert np.abs(ratio - 1).max() < 0.1
+
+
+def test_sde_of_tiny_noise_with_a_heun_mean_and_the_bias_of_euler():
+    heun = distances(posterior(sde(sd.GaussianStep(mean=sd.Heun())), sd.FullRank()))[0]
+    assert np.abs(heun).max() < 0.2
+    euler = distances(posterior(sde(sd.EulerMaruyama()), sd.FullRank()))[0]
+    assert np.abs(euler).max() > 1
