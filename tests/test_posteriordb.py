@@ -43,7 +43,10 @@ class PositiveNormal(dist.Normal):
 
 def parameters():
     """Of the Stan case study: rates, starts, relative errors."""
-    loc, scale = torch.tensor([1.0, 0.05, 1.0, 0.05], dtype=F64), torch.tensor([0.5, 0.05, 0.5, 0.05], dtype=F64)
+    loc, scale = (
+        torch.tensor([1.0, 0.05, 1.0, 0.05], dtype=F64),
+        torch.tensor([0.5, 0.05, 0.5, 0.05], dtype=F64),
+    )
     theta = pyro.sample("theta", PositiveNormal(loc, scale).to_event(1))
     z_init = pyro.sample("z_init", dist.LogNormal(torch.full((2,), 10.0, dtype=F64).log(), 1.0).to_event(1))
     sigma = pyro.sample("sigma", dist.LogNormal(torch.full((2,), -1.0, dtype=F64), 1.0).to_event(1))
