@@ -17,7 +17,7 @@ import torch
 import stochdyn as sd
 
 GROWTH, CAPACITY, NOISE, ERROR = 1.0, 5.0, 0.1, 0.05
-AT = torch.linspace(0.3, 5.0, 60).log()[:, None]
+AT = torch.linspace(0.15, 5.0, 60).log()[:, None]
 
 
 # %% [markdown]
@@ -37,7 +37,7 @@ def catch(z: torch.Tensor) -> torch.Tensor:
 def simulate(stocks: int) -> sd.Series:
     times = torch.linspace(0, 5, 21, dtype=torch.float64)
     grid = sd.TimeGrid(times, substeps=20)
-    start = torch.linspace(0.2, 5.0, stocks).log()[:, None]
+    start = torch.linspace(-2.0, 1.6, stocks)[:, None]
     path = sd.SDEPath(lambda t, z: growth(t, z) - catch(z), torch.tensor([NOISE]), start, grid.ts)
     stock = grid.observed(path.sample())
     return sd.Series(times, stock + ERROR * torch.randn_like(stock), channels=["log stock"])
@@ -53,7 +53,9 @@ class Fishery(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         network = sd.NeuralField(1, hidden=(16,), activation=torch.tanh)
-        self.drift = sd.Residual(growth, sd.bayesian(network, "missing_rate"))
+        self.drift = sd.Residual(
+            growth, sd.bayesian(network, "missing_rate", prior=sd.WidthScaled(weight=2.0))
+        )
 
     def forward(self, batch: sd.Series) -> None:
         grid = sd.TimeGrid(batch.times, substeps=2)
@@ -81,7 +83,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     pyro.set_rng_seed(0)
     data, model = simulate(6 if smoke else 24), Fishery()
     guide = sd.AmortizedGuide(model, latents=sd.MeanField())
-    fit = sd.fit(model, guide, data, steps=20 if smoke else 800, lr=0.03)
+    fit = sd.fit(model, guide, data, steps=20 if smoke else 500, lr=0.03)
     print(fit)
 
     draws = 40 if smoke else 500
