@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import stochdyn as sd
 
 FRAME = 0.1  # units of time per frame
+GRID = tuple(itertools.product((1, 2, 3), (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)))  # lags, ridge weight
 FOLDS = tuple(tuple(range(k, 16, 4)) for k in range(4))
 
 
@@ -52,11 +53,11 @@ SETUPS = {1: Setup(300, 3, 297, 2), 2: Setup(200, 100, 200, 9)}
 class Choice:
     """What cross-validation chooses."""
 
-    harmonics: int = 5
+    harmonics: int = 7
     deviations: int = 4
     modulation: int = 1
     warped: float = 0.0
-    steps: int = 400
+    steps: int = 200
     windows: int = 24
     lr: float = 1e-2
     every: int = 10
@@ -332,9 +333,8 @@ def var_errors(train: Tensor, held: Tensor, setup: Setup, lags: int, weight: flo
 
 def var_chosen(walks: Tensor, setup: Setup) -> tuple[tuple[int, float], Tensor]:
     """Lags and weight by 4-fold cross-validation, and the errors of all walks in their folds."""
-    grid = list(itertools.product((1, 2, 3), (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)))
-    found = {g: by_fold(walks, lambda train, held, g=g: var_errors(train, held, setup, *g)) for g in grid}
-    best = min(grid, key=lambda g: float(found[g].mean()))
+    found = {g: by_fold(walks, lambda train, held, g=g: var_errors(train, held, setup, *g)) for g in GRID}
+    best = min(GRID, key=lambda g: float(found[g].mean()))
     return best, found[best]
 
 
@@ -445,18 +445,11 @@ def measure(train: Tensor, held: Tensor, setup: Setup, choice: Choice, run: Run)
 
 
 def candidates(setup: int) -> list[Choice]:
+    """What was chosen, and one change each."""
     base = CHOSEN[setup]
-    return [base, *(replace(base, **change) for change in CHANGES if replace(base, **change) != base)]
-
-
-CHANGES = (
-    {"warped": 0.0},
-    {"warped": 0.1},
-    {"warped": 0.3},
-    {"harmonics": 4},
-    {"deviations": 8},
-    {"modulation": 0},
-)
+    grid = {"warped": (0.0, 0.1, 0.3), "harmonics": (5, 7), "deviations": (4, 8), "modulation": (0, 1)}
+    changed = [replace(base, **{name: value}) for name, values in grid.items() for value in values]
+    return [base, *(c for c in changed if c != base)]
 
 
 def options() -> argparse.Namespace:
