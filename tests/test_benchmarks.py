@@ -184,8 +184,8 @@ def test_template_finds_the_speeds_and_the_reader_those_of_other_walks(mocap):
     read = mocap.Reader(template, 100, 9)(other)
     torch.testing.assert_close(read.speed, other_speed - speed.mean(), atol=half, rtol=0)
     slow = mocap.Reader(template, 100, 9)(mocap.resampled(other, 0.9))
-    torch.testing.assert_close(slow.speed, other_speed - speed.mean() + math.log(0.9), atol=half, rtol=0)
-    assert (slow.speed - read.speed).abs().min() > 0.09
+    torch.testing.assert_close(slow.speed, other_speed - speed.mean() + math.log(0.9), atol=2 * half, rtol=0)
+    assert (slow.speed - read.speed).abs().min() > 0.08
 
 
 def test_a_prediction_does_not_read_what_it_predicts(mocap):
