@@ -8,7 +8,7 @@
 
 Setup 1: train on 300 frames, see 3, predict 297. Setup 2: train on the frames 0 to 199, see 100, predict 200. The error
 is the mean square over frames and all 50 channels, then over walks; without --test that of the 3 validation walks,
-which chose nothing. All settings come from `--select`: folds of whole training walks, the baseline in the same folds,
+which chose nothing. Settings are compared by `--select`: folds of whole training walks, the baseline in the same folds,
 and template, scaling and components from the training folds alone.
 """
 
@@ -57,6 +57,7 @@ class Choice:
     deviations: int = 4
     modulation: int = 1
     warped: float = 0.0
+    tuned: bool = True  # whether the template's weights are trained on
     steps: int = 200
     windows: int = 24
     lr: float = 1e-2
@@ -90,10 +91,10 @@ class Drift(nn.Module):
 class Posture(nn.Module):
     """Phase and deviations to channels: the template, and loadings of the deviations that change with the phase."""
 
-    def __init__(self, weights: Tensor, axes: Tensor, modulation: int) -> None:
+    def __init__(self, weights: Tensor, axes: Tensor, modulation: int, tuned: bool) -> None:
         super().__init__()
         self.count, self.modulation = (len(weights) - 1) // 2, modulation
-        self.weights = nn.Parameter(weights.clone())
+        self.weights = nn.Parameter(weights.clone(), requires_grad=tuned)
         loadings = axes.new_zeros(2 * modulation + 1, *axes.shape)
         loadings[0] = axes
         self.loadings = nn.Parameter(loadings)
@@ -136,7 +137,7 @@ class Gait(nn.Module):
         self.drift = Drift(self.rate, torch.full((size,), 0.5))
         self.log_diffusion = nn.Parameter(torch.tensor([0.03, 0.005, *[1.0] * size]).log())
         self.start = Start(size, float(template.speeds.std()))
-        self.posture = Posture(template.weights.float(), axes, choice.modulation)
+        self.posture = Posture(template.weights.float(), axes, choice.modulation, choice.tuned)
         self.log_noise = nn.Parameter(noise.log())
 
     def path(self, batch: sd.Series) -> sd.SDEPath:
@@ -447,7 +448,7 @@ def measure(train: Tensor, held: Tensor, setup: Setup, choice: Choice, run: Run)
 def candidates(setup: int) -> list[Choice]:
     """What was chosen, and one change each."""
     base = CHOSEN[setup]
-    grid = {"warped": (0.0, 0.1, 0.3), "harmonics": (5, 7), "deviations": (4, 8), "modulation": (0, 1)}
+    grid = {"warped": (0.0, 0.1, 0.3), "harmonics": (5, 7), "deviations": (4, 8), "tuned": (False, True)}
     changed = [replace(base, **{name: value}) for name, values in grid.items() for value in values]
     return [base, *(c for c in changed if c != base)]
 
