@@ -5,8 +5,10 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,3 +99,125 @@ def test_data_are_standardised_and_noisy(lorenz):
     assert xs.shape == (20, 500, 3)
     torch.testing.assert_close(xs.mean((0, 1)), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(xs.std((0, 1)), torch.ones(3), atol=1e-3, rtol=0)
+
+
+# Motion capture: invented walks of one shape, each with a phase and a speed of its own.
+
+
+@pytest.fixture
+def mocap(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    with torch.random.fork_rng():
+        yield importlib.import_module("mocap35")
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    for name in ("mocap35", "mocap_gait"):
+        sys.modules.pop(name, None)
+
+
+def walks(count, seed, frames=300, channels=50):
+    """Walks without noise but for a little, and their log speeds; four channels are constant."""
+    shape = torch.randn(7, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape = shape * torch.tensor([0.0, 5.0, 1.5, 0.5, 5.0, 1.5, 0.5], dtype=torch.float64)[:, None]
+    shape[:, [24, 25, 31, 32]] = 0.0
+    generator = torch.Generator().manual_seed(seed)
+    speed = 0.03 * torch.randn(count, generator=generator, dtype=torch.float64)
+    phase = 6.3 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+    phase = phase + 2 * math.pi / 135 * speed.exp()[:, None] * torch.arange(frames)
+    angles = phase[..., None] * torch.arange(1, 4)
+    features = torch.cat([torch.ones_like(phase)[..., None], angles.cos(), angles.sin()], -1)
+    noise = torch.randn(count, frames, channels, generator=generator, dtype=torch.float64)
+    return features @ shape + 0.05 * noise * (shape[1] != 0), speed
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    train, val = walks(16, 1)[0], walks(3, 2)[0]
+    np.savez(tmp_path / "mocap35_train_val.npz", train=train.numpy(), val=val.numpy())
+    np.savez(tmp_path / "test.npz", test=walks(4, 3)[0].numpy())
+    monkeypatch.setenv("STOCHDYN_DATA", str(tmp_path))
+    return tmp_path
+
+
+def run_mocap(module, monkeypatch, folder, *flags):
+    out = folder / "out.json"
+    argv = ["mocap35.py", "--quick", "--threads", "1", "--json", str(out), *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    module.main()
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("setup", ["1", "2"])
+def test_figures_of_the_motion_capture_benchmark(mocap, monkeypatch, folder, capsys, setup):
+    monkeypatch.setattr(mocap, "GRID", ((1, 1.0), (2, 1.0)))
+    found = run_mocap(mocap, monkeypatch, folder, "--setup", setup, "--test", str(folder / "test.npz"))
+    per_walk = found["test_mse_per_sequence"]
+    assert len(per_walk) == 4
+    assert math.isclose(sum(per_walk) / 4, found["test_mse"], rel_tol=1e-9)
+    assert found["test_mse"] <= found["sample_mse"]
+    assert found["seconds"] > 0
+    zero = float(walks(4, 3)[0].square().mean())
+    assert found["test_mse"] < (0.3 if setup == "1" else 0.1) * zero
+    assert "VAR(" in capsys.readouterr().out
+
+
+def test_without_data_nothing_is_measured(mocap, monkeypatch, capsys):
+    monkeypatch.delenv("STOCHDYN_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["mocap35.py"])
+    mocap.main()
+    assert "Nothing was measured" in capsys.readouterr().out
+
+
+def test_template_finds_the_speeds_and_the_reader_those_of_other_walks(mocap):
+    train, speed = walks(12, 1)
+    train = train[..., train.flatten(0, 1).std(0) > 0.01]
+    template = mocap.Template.fitted(train, 3)
+    torch.testing.assert_close(template.speeds, speed - speed.mean(), atol=2e-3, rtol=0)
+    assert template.residuals.square().mean() < 1.1 * 0.05**2
+    other, other_speed = walks(6, 5)
+    other = other[..., other.flatten(0, 1).std(0) > 0.01]
+    half = 0.6 * float(
+        importlib.import_module("mocap_gait").SPEEDS.diff().mean()
+    )  # half the spacing of the grid, and some noise
+    read = mocap.Reader(template, 100, 9)(other)
+    torch.testing.assert_close(read.speed, other_speed - speed.mean(), atol=half, rtol=0)
+    slow = mocap.Reader(template, 100, 9)(mocap.resampled(other, 0.9))
+    torch.testing.assert_close(slow.speed, other_speed - speed.mean() + math.log(0.9), atol=2 * half, rtol=0)
+    assert (slow.speed - read.speed).abs().min() > 0.08
+
+
+def test_a_prediction_does_not_read_what_it_predicts(mocap):
+    setup = mocap.SETUPS[1]
+    walker = mocap.Walker(walks(8, 1)[0], setup, replace(mocap.CHOSEN[1], windows=2), seed=0)
+    held = walks(2, 4)[0]
+    changed = held.clone()
+    changed[:, setup.given :] = 100.0
+    torch.testing.assert_close(walker.draws(changed, 5), walker.draws(held, 5), atol=0, rtol=0)
+    changed = held.clone()
+    changed[:, setup.given - 1] *= 1.1
+    assert not torch.allclose(walker.draws(changed, 5), walker.draws(held, 5))
+
+
+def test_folds_hold_whole_walks_out(mocap):
+    seen = []
+    data = torch.arange(16.0)[:, None, None]
+
+    def score(train, held):
+        assert not set(train.flatten().tolist()) & set(held.flatten().tolist())
+        seen.extend(held.flatten().tolist())
+        return held.flatten()
+
+    assert mocap.by_fold(data, score).tolist() == list(range(16))
+    assert sorted(seen) == list(range(16))
+
+
+def test_ridge_autoregression_is_exact_on_a_linear_recurrence_and_worse_with_too_few_lags(mocap):
+    walk = torch.sin(0.1 * torch.arange(60, dtype=torch.float64) + torch.arange(4)[:, None])[..., None] + 2.0
+    setup = mocap.Setup(train=60, given=5, ahead=50, stride=1)
+    two = mocap.var_errors(walk[:3], walk[3:], setup, 2, 1e-9)
+    one = mocap.var_errors(walk[:3], walk[3:], setup, 1, 1e-9)
+    assert two < 1e-6
+    assert one > 0.05
+    assert mocap.nearest(walk[:3], walk[:1], setup).squeeze().tolist() == walk[0, 5:55].squeeze().tolist()
