@@ -7,9 +7,10 @@
     python benchmarks/mocap35.py --quick                             # fewer steps and draws, under a minute
 
 Setup 1: train on 300 frames, see 3, predict 297. Setup 2: train on the frames 0 to 199, see 100, predict 200. The error
-is the mean square over frames and all 50 channels, then over walks; without --test that of the 3 validation walks,
-which chose nothing. Settings are compared by `--select`: folds of whole training walks, the baseline in the same folds,
-and template, scaling and components from the training folds alone.
+is the mean square over frames and all 50 channels, then over walks; without --test that of the 3 validation walks, to
+which no setting was fitted, though they were looked at while the model was designed. Settings are compared by
+`--select`: folds of whole training walks, the baseline in the same folds, and template, scaling and components from the
+training folds alone.
 """
 
 import argparse
