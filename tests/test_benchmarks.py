@@ -221,3 +221,26 @@ def test_ridge_autoregression_is_exact_on_a_linear_recurrence_and_worse_with_too
     assert two < 1e-6
     assert one > 0.05
     assert mocap.nearest(walk[:3], walk[:1], setup).squeeze().tolist() == walk[0, 5:55].squeeze().tolist()
+
+
+def test_quick_figures_of_the_gradients_benchmark(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("torchdiffeq")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gradients = importlib.import_module("gradients")
+    state = torch.get_num_threads(), torch.get_default_dtype()
+    try:
+        monkeypatch.setattr(
+            gradients, "apart", lambda way, steps, kind: gradients.once(way, steps, getattr(torch, kind))
+        )
+        out = tmp_path / "out.json"
+        gradients.main(["--quick", "--steps", "40", "--json", str(out)])
+        found = json.loads(out.read_text())
+    finally:
+        torch.set_num_threads(state[0])
+        torch.set_default_dtype(state[1])
+        sys.modules.pop("gradients", None)
+    assert found["checkpointed_error"] < 1e-12
+    assert 1e-12 < found["adjoint_error"] < 1e-3
+    assert found["torchdiffeq_error"] < 1e-3
+    assert found["checkpointed_time_ratio"] > 1
+    assert "torchdiffeq adjoint" in capsys.readouterr().out

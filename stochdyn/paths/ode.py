@@ -65,8 +65,12 @@ def odeint(
     """
     _check_kinds(z0, solver, gradient)
     field = draw_weights(field)
-    ts = check_times(ts, True)
-    check_resolution(ts, ts.dtype, z0.dtype)
+    validate = bool(
+        torch.distributions.Distribution._validate_args
+    )  # as for paths: off in the steps of a fit
+    ts = check_times(ts, validate)
+    if validate:
+        check_resolution(ts, ts.dtype, z0.dtype)
     base = joint_batch(z0=z0.shape[:-1], ts=ts.shape[:-1])
     by_time = context_by_time(context, ts.shape[-1], base)
     first = None if by_time is None else by_time[0]
@@ -80,7 +84,7 @@ def odeint(
     start = z0.expand(*batch, z0.shape[-1])
     flow = Flow(field, by_time, start, lift(times, len(batch) + 1), solver)
     states = gradient.solve(flow).movedim(0, -2)
-    bad = first_bad(states, ts, batch)
+    bad = first_bad(states, ts, batch) if validate else None
     if bad is not None:
         raise DivergedError(f"{bad} Bound the field, use a smaller step (substeps), or start nearer.")
     return states
@@ -90,7 +94,7 @@ def _check_kinds(z0: object, solver: object, gradient: object) -> None:
     if not isinstance(z0, Tensor) or z0.dim() < 1 or not z0.is_floating_point():
         got = f"{z0.dtype} {tuple(z0.shape)}" if isinstance(z0, Tensor) else type(z0).__name__
         raise ShapeError(f"odeint: `z0` must be a floating tensor (*batch, state), got {got}.")
-    if not torch.isfinite(z0).all():
+    if torch.distributions.Distribution._validate_args and not torch.isfinite(z0).all():
         raise DivergedError("odeint: `z0` is not finite. A solution starts at finite numbers.")
     if not isinstance(solver, AbstractODESolver):
         raise FieldError(
