@@ -49,7 +49,7 @@ def solve(way: str, field: Field, z0: Tensor, ts: Tensor) -> Tensor:
     gradient = {"checkpointed": sd.Checkpointed(), "adjoint": sd.Adjoint()}.get(way, sd.Direct())
     # One gap in many pieces: what is kept between its ends is the gradient's own affair.
     ends = ts[[0, -1]]
-    return sd.odeint(field, z0, ends, solver=sd.RungeKutta4(len(ts) - 1), gradient=gradient)[-1]
+    return sd.odeint(field, z0, ends, solver=sd.RungeKutta4(len(ts) - 1), gradient=gradient)[:, -1]
 
 
 def once(way: str, steps: int, dtype: torch.dtype) -> dict[str, object]:

@@ -62,7 +62,7 @@ def unwritten(t, z):
             "drift failed on|do not broadcast",
         ),
         ({"solver": "euler"}, sd.FieldError, "must have a transition density, got 'euler'"),
-        ({"solver": sd.Heun()}, sd.FieldError, r"as a kernel it is GaussianStep\(mean=Heun\(\)\)"),
+        ({"solver": sd.Heun()}, sd.FieldError, r"as a kernel it is GaussianStep\(mean=Heun\(substeps=1\)\)"),
         (
             {"initial": torch.zeros(2), "drift": lambda t, z: tensor(1.0) * z, "diffusion": torch.ones(2)},
             sd.DtypeError,

@@ -49,7 +49,7 @@ def by_scipy(name, rtol=1e-11, atol=1e-13):
 @pytest.mark.parametrize(
     "solver",
     [sd.Dopri5(1e-9, 1e-10), sd.Tsit5(1e-9, 1e-10), sd.Dopri8(1e-10, 1e-11), sd.Radau(1e-9, 1e-11), sd.BDF(1e-9, 1e-11),
-     sd.RungeKutta4(100), sd.Rosenbrock(20)],
+     sd.RungeKutta4(50), sd.Rosenbrock(10)],
     ids=lambda s: type(s).__name__,
 )  # fmt: skip
 def test_three_problems_against_scipy(name, solver):
@@ -59,10 +59,10 @@ def test_three_problems_against_scipy(name, solver):
     start = torch.tensor(z0, dtype=F64)
     with torch.no_grad():
         z = sd.odeint(field, start, torch.from_numpy(ts), solver=solver)
-        other = sd.odeint(field, start * (1 + 2e-2), torch.from_numpy(ts), solver=solver)
+        other = sd.odeint(field, start * (1 + 8e-2), torch.from_numpy(ts), solver=solver)
     wanted, scale = by_scipy(name), by_scipy(name).abs().amax(0)
-    assert ((z - wanted).abs() / scale).max() < (5e-3 if isinstance(solver, sd.Rosenbrock) else 1e-6)
-    assert ((other - wanted).abs() / scale).max() > 6e-3
+    assert ((z - wanted).abs() / scale).max() < (2e-2 if isinstance(solver, sd.Rosenbrock) else 1e-6)
+    assert ((other - wanted).abs() / scale).max() > 3e-2
 
 
 def test_other_methods_on_a_stiff_problem_end_in_a_named_error():
@@ -70,9 +70,8 @@ def test_other_methods_on_a_stiff_problem_end_in_a_named_error():
     z0 = torch.tensor([1.0, 0.0, 0.0], dtype=F64)
     with pytest.raises(sd.DivergedError, match=r"series 0, time \d.*more than 200 steps .* sd\.Rosenbrock"):
         sd.odeint(robertson, z0, ts, solver=sd.Dopri5(max_steps=200))
-    for solver in (sd.RungeKutta4(100), sd.Rosenbrock(100)):
-        with pytest.raises(sd.DivergedError, match=r"series 0, time 40 \(step 1\): the path is not finite"):
-            sd.odeint(robertson, z0, ts, solver=solver)
+    with pytest.raises(sd.DivergedError, match=r"series 0, time 40 \(step 1\): the path is not finite"):
+        sd.odeint(robertson, z0, ts, solver=sd.RungeKutta4(100))
 
 
 @pytest.mark.parametrize("solver", [sd.Dopri5(), sd.Tsit5(), sd.Radau(), sd.RungeKutta4(50)])
