@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.data.checks import as_real, show_time
-from stochdyn.data.ragged import knots_of, merge_times, take_times
+from stochdyn.data.ragged import extended_ends, knots_of, merge_times, take_times
 from stochdyn.errors import DataError, ShapeError
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ def attach(series: "Series", given: "Series", before: Any) -> dict[str, Any]:
         "times": times[0] if shared else times,
         "values": take_times(torch.cat([series.values, blank], 1), source),
         "mask": take_times(torch.cat([series.mask, unseen], 1), source),
+        **extended_ends(series, blank, source),
         "lengths": total,
         "covariates": known.read(known.around(times)[0])[1],
         "_knots": known.knots,

@@ -248,14 +248,21 @@ def extend_rows(series: Any, ts: Any) -> dict[str, Any]:
         "times": times[0] if shared else times,
         "values": take_times(torch.cat([series.values, blank], 1), source),
         "mask": take_times(torch.cat([series.mask, torch.zeros_like(blank, dtype=torch.bool)], 1), source),
-        **_extended_ends(series, blank, source),
+        **extended_ends(series, blank, source),
         "lengths": total.expand(len(series)),
         "covariates": carry_forward(series.covariates, rows, lengths, times),
         "_knots": extend_knots(series, source, len(extra)),
     }
 
 
-def _extended_ends(series: Any, blank: Tensor, source: Tensor) -> dict[str, Tensor]:
+def extended_ends(series: Any, blank: Tensor, source: Tensor) -> dict[str, Tensor]:
+    """The ends of censored values at merged times, none at the new ones.
+
+    Args:
+        series: a `Series`.
+        blank: (series, k, channel), of the size of what is new.
+        source: where each merged time comes from, see `merge_times`.
+    """
     if series.low is None:
         return {}
     ends = {"low": (series.low, -torch.inf), "high": (series.high, torch.inf)}
@@ -306,7 +313,11 @@ def read_frame(
         members_of.setdefault(label, []).append(position)
     order = [np.asarray(members)[times[members].argsort(kind="stable")] for members in members_of.values()]
     ends = frame_limits(lambda name: _column(frame, name), limits or {}, len(names), order)
-    inside = [~np.isnan(e) for e in ends["between"][0]] if "between" in ends else [False] * len(order)
+    inside = (
+        [~np.isnan(a) | ~np.isnan(b) for a, b in zip(*ends["between"], strict=True)]
+        if "between" in ends
+        else [False] * len(order)
+    )
     rows = [(times[o], readings[o], ~np.isnan(readings[o]) | i) for o, i in zip(order, inside, strict=True)]
     covariates_of = None if extras is None else [extras[o] for o in order]
     where = [f"series {label}" for label in members_of]

@@ -33,7 +33,10 @@ def check_support(fn: Any, values: Tensor, exact: Tensor, say: Say) -> None:
             f"The likelihood must be over scalars (series, time, channel), got event_shape {tuple(fn.event_shape)}. "
             "`observe` masks it and calls .to_event(2) itself: pass it without."
         )
-    support = fn.support
+    try:
+        support = fn.support
+    except NotImplementedError:  # a distribution of the user's own may leave it out
+        return
     if constraints.is_dependent(support):
         return
     inside = support.check(values)

@@ -229,7 +229,8 @@ def _draw_plane(ax: Axes, reading: FieldReading, labels: list[str]) -> None:
     shape = reading.shape or ()
     points = as_array(reading.points).astype(float)[:, [a, b]].reshape(*shape, 2)
     mean = as_array(reading.drift.mean(0)).astype(float)[:, [a, b]].reshape(*shape, 2)
-    x, y = points[:, 0, 0], points[0, :, 1]
+    # In single precision the lattice is not even enough for streamplot.
+    x, y = (np.linspace(v[0], v[-1], len(v)) for v in (points[:, 0, 0], points[0, :, 1]))
     states = as_array(reading.states).astype(float)[..., [a, b]].reshape(-1, 2)
     speed = np.linalg.norm(mean, axis=-1)
     width = 0.6 + 1.8 * (speed / max(np.quantile(speed, 0.95), 1e-300)).clip(0, 1)

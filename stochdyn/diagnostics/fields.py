@@ -86,7 +86,7 @@ class PosteriorFields:
         if self.context is not None or own is None:
             return self.context
         ts = self.path.ts.reshape(-1, self.path.ts.shape[-1])[0]
-        k = int(torch.searchsorted(ts, torch.tensor(self.t, dtype=ts.dtype), right=True)) - 1
+        k = int(torch.searchsorted(ts, self.t, right=True)) - 1
         row = own[min(max(k, 0), len(own) - 1)]
         return row.reshape(*[1] * (ndim - row.dim()), *row.shape)
 
@@ -171,7 +171,9 @@ def posterior_fields(
     path = path.expand(torch.broadcast_shapes(path.batch_shape, (draws, *[1] * found.plates)))
     states = states.reshape(draws, *states.shape[-2:])
     grid = path.ts.reshape(-1, path.ts.shape[-1])[0]
-    index = torch.searchsorted(grid, one.times.reshape(-1).to(grid.device)).clamp_max(len(grid) - 1)
+    index = torch.searchsorted(grid, one.times.reshape(-1)[: int(one.lengths[0])].to(grid.device)).clamp_max(
+        len(grid) - 1
+    )
     when = float(grid[0]) if t is None else float(t)
     modules = tuple(module for program in programs for module in modules_of(program))
     return PosteriorFields(path, states[:, index], when, context, modules)
@@ -207,6 +209,10 @@ def read_field(
         >>> reading.points.shape, reading.drift.shape
         (torch.Size([121, 3]), torch.Size([10, 121, 3]))
     """
+    if isinstance(fit, PosteriorFields) and options:
+        raise ShapeError(
+            f"read_field: {sorted(options)} belong to posterior_fields, which was called before."
+        )
     fields = fit if isinstance(fit, PosteriorFields) else posterior_fields(fit, data, **options)
     size = fields.states.shape[-1]
     chosen = tuple(range(min(size, 2))) if dims is None else tuple(dims)

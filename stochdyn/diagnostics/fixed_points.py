@@ -158,15 +158,12 @@ def fixed_points(
     z, f = _prepare(field, starts, t, context)
     starts = starts.flatten(0, 1)
     with torch.no_grad():
-        scale = torch.linalg.vector_norm(f(z), dim=-1).median(0).values.expand(z.shape[:-1])
+        speeds = torch.linalg.vector_norm(f(z), dim=-1)
+        scale = speeds.masked_fill(~speeds.isfinite(), torch.nan).nanmedian(0).values.expand(z.shape[:-1])
         limit = torch.finfo(z.dtype).eps ** 0.5 if tolerance is None else tolerance
         z, speed = find_zeros(f, z, scale, tolerance=limit, iterations=iterations)
         J = jacobian(f, z)
-        step = (
-            torch.linalg.lstsq(J.double(), f(z)[..., None].double(), driver="gelsd").solution
-            if z.numel()
-            else J
-        )
+        step = _newton_steps(J, f(z)) if z.numel() else J
     zero = as_array(speed <= limit * scale)
     arrays = [
         as_array(x).astype(float) for x in (z, J, speed, torch.linalg.vector_norm(step[..., 0], dim=-1))
@@ -181,6 +178,14 @@ def fixed_points(
     points = [_summarised(group, found, z.shape[1]) for group in groups]
     points.sort(key=lambda p: (-round(p.presence, 2), tuple(np.median(p.location, 0))))
     return FixedPoints(tuple(points), converged, zero & ~inside, z.shape[1])
+
+
+def _newton_steps(J: Tensor, f: Tensor) -> Tensor:
+    """The last steps (start, draw, state, 1), of least length where J is singular; infinite where f is not finite."""
+    usable = J.isfinite().all((-1, -2)) & f.isfinite().all(-1)
+    J, f = J.masked_fill(~usable[..., None, None], 0.0), f.masked_fill(~usable[..., None], 0.0)
+    step = torch.linalg.lstsq(J.double().cpu(), f[..., None].double().cpu(), driver="gelsd").solution
+    return step.masked_fill(~usable[..., None, None].cpu(), torch.inf)
 
 
 def _prepare(

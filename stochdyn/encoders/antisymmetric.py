@@ -16,7 +16,8 @@ class AntisymmetricEncoder(AbstractBackwardEncoder):
 
     The step is `step` (1 + gap): one unit for the row itself, and the gap to the next observed time, in time units. The
     Jacobian of the field has no eigenvalue with a positive real part, see `AntisymmetricField`, so that in small steps
-    what was read long ago neither fades nor explodes; an encoding moves by at most `step` (1 + gap) per row.
+    what was read long ago neither fades nor explodes; an encoding moves by at most
+    `step` (1 + gap) times the learned speed per row.
 
     Args:
         obs_dim: number of channels.

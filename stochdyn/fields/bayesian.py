@@ -158,7 +158,9 @@ def _weights(part: nn.Module) -> dict[str, int | None]:
     return found
 
 
-def draw_weights(field: Given, *, plates: Sequence[str] = ()) -> Given:
+def draw_weights(
+    field: Given, *, plates: Sequence[str] = (), memo: dict[int, nn.Module] | None = None
+) -> Given:
     """A copy of a module in which every random weight of it and of its parts is drawn, once; else the module itself.
 
     Paths do this with their fields, since they call them after the model has returned, when every access would draw
@@ -169,6 +171,7 @@ def draw_weights(field: Given, *, plates: Sequence[str] = ()) -> Given:
             is.
         plates: names of the plates around the call whose members have weights each of their own. The others of the
             model's plates are left out: one net for all. Plates of particles and of draws stay.
+        memo: one dictionary for several fields that share modules: these are then drawn once.
 
     Example:
         >>> import torch, stochdyn as sd
@@ -178,12 +181,12 @@ def draw_weights(field: Given, *, plates: Sequence[str] = ()) -> Given:
         True
     """
     if isinstance(field, AbstractDiffusion):
-        drawn = draw_weights(field.field, plates=plates)
+        drawn = draw_weights(field.field, plates=plates, memo=memo)
         return field if drawn is field.field else type(field)(drawn)  # type: ignore
     if not isinstance(field, nn.Module) or not any(_random(part) for part in field.modules()):
         return field
     with _outside_plates(plates):
-        copy = _drawn(field)
+        copy = _drawn(field, {} if memo is None else memo)
     copy.weights_drawn = True  # type: ignore
     return copy  # type: ignore
 
@@ -221,14 +224,18 @@ def _random(part: nn.Module) -> list[str]:
     return list(dict.fromkeys([*declared, *part._pyro_samples]))
 
 
-def _drawn(module: nn.Module) -> nn.Module:
+def _drawn(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """A copy with its weights drawn; a module that is registered twice is drawn once."""
+    if id(module) in memo:
+        return memo[id(module)]
     kind, plain = type(module), type(module).__bases__[0]
     made = isinstance(module, PyroModule) and not issubclass(plain, PyroModule) and PyroModule[plain] is kind
     new = object.__new__(plain if made else kind)
     new.__dict__.update(module.__dict__)
     for group in ("_parameters", "_buffers"):
         new.__dict__[group] = dict(module.__dict__[group])
-    new.__dict__["_modules"] = {k: part and _drawn(part) for k, part in module._modules.items()}
+    new.__dict__["_modules"] = {k: part and _drawn(part, memo) for k, part in module._modules.items()}
+    memo[id(module)] = new
     if not isinstance(module, PyroModule):
         return new
     with module._pyro_context:

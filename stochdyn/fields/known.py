@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from stochdyn.errors import FieldError
 from stochdyn.fields.calls import Field
+from stochdyn.fields.hamiltonian import HamiltonianField
+from stochdyn.fields.neural import MLP, Linear, NeuralField
 
 
 class Residual(nn.Module):
@@ -113,12 +115,14 @@ def _begin_at_zero(network: nn.Module) -> None:
     if any(getattr(part, "_pyro_samples", None) for part in network.modules()):
         return
     layers = [m for m in network.modules() if not list(m.children())]
-    ends = layers and isinstance(getattr(layers[-1], "weight", None), nn.Parameter)
+    ends = bool(layers) and isinstance(layers[-1], Linear | nn.Linear) and layers[-1].bias is not None
+    # The modules of these are registered in the order in which they are called.
+    known = isinstance(network, NeuralField | MLP | HamiltonianField | Linear | nn.Linear | nn.Sequential)
     final = any(getattr(part, "final", None) is not None for part in network.modules())
-    if not ends or final or not hasattr(layers[-1], "bias"):
+    if not ends or not known or final:
         raise FieldError(
             f"Residual: {type(network).__name__} does not end in a linear layer, so it cannot be set to zero. Use a "
-            "NeuralField without `final`, or pass start=False."
+            "NeuralField without `final`, or pass start=False: it then starts from where its own weights put it."
         )
     with torch.no_grad():
         for p in layers[-1].parameters():

@@ -90,8 +90,8 @@ class Bjorck(nn.Module):
         wide = W.shape[-2] < W.shape[-1]
         W = W.mT if wide else W
         size = W.abs()
-        norm = (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt()
-        W = W / norm.clamp(min=torch.finfo(W.dtype).tiny)[..., None, None]
+        norm = (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).clamp(min=torch.finfo(W.dtype).tiny).sqrt()
+        W = W / norm[..., None, None]
         for _ in range(self.iterations):
             W = 1.5 * W - 0.5 * W @ (W.mT @ W)
         return W.mT if wide else W

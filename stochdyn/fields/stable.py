@@ -98,8 +98,9 @@ class BoundedField(nn.Module):
     decay dt <= 1, as |z + f dt| <= (1 - decay dt) |z| + decay dt bound.
 
     With noise, a path never leaves the tube of half-width bound_d around the Ornstein-Uhlenbeck path of rate decay_d
-    with the same noise and the same start: their difference e obeys de = decay (bound tanh(net) - e) dt. So all its
-    moments are bounded, whatever the weights: a prior for drifts of which no draw explodes.
+    with the same noise and the same start: their difference e obeys de = decay (bound tanh(net) - e) dt. So with
+    noise that does not depend on the state all its moments are bounded, whatever the weights: a prior for drifts of
+    which no draw explodes.
 
     Args:
         state_dim: size of z.

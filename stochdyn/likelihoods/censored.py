@@ -95,6 +95,8 @@ class Censored(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._check(value)
+        # What stands in for a censored value need not be in the support; 1 is in that of all known distributions.
+        value = torch.where(self.censored, torch.ones_like(value), value)
         out = self.base.log_prob(value)
         below, above = self.high.isfinite(), self.low.isfinite()
         if bool((left := below & ~above).any()):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 _MOST = 2000
+_LARGE, _SMALL = 1.5e5, 1e-200
 _CLOSE = 1e-15
 
 
@@ -258,14 +259,25 @@ def _beta_fraction(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _log_gammainc(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """log P(a, x) and log Q(a, x), x > 0: a series below a + 1, a continued fraction above."""
+    """log P(a, x) and log Q(a, x), x > 0: a series below a + 1, a continued fraction above.
+
+    Near the centre of a large a both need too many terms; torch has an expansion there, right to four digits, which only the
+    far tails leave.
+    """
+    a, x = torch.broadcast_tensors(a, x)
     below = x < a + 1
+    lower, upper = (
+        torch.special.gammainc(a.detach(), x.detach()),
+        torch.special.gammaincc(a.detach(), x.detach()),
+    )
+    central = (a > _LARGE) & (torch.minimum(lower, upper) > _SMALL)
     front = a * x.log() - x - torch.lgamma(a)
-    series = front - a.log() + _gamma_series(a, torch.where(below, x, a)).log()
-    fraction = front + _gamma_fraction(a, torch.where(below, a + 2, x)).log()
+    series = front - a.log() + _gamma_series(a, torch.where(below & ~central, x, a / 2)).log()
+    fraction = front + _gamma_fraction(a, torch.where(below | central, 2 * a + 2, x)).log()
     small = torch.where(below, series, fraction).clamp(max=0)
     other = log1mexp(small)
-    return torch.where(below, small, other), torch.where(below, other, small)
+    found = torch.where(below, small, other), torch.where(below, other, small)
+    return torch.where(central, lower.log(), found[0]), torch.where(central, upper.log(), found[1])
 
 
 def _gamma_series(a: Tensor, x: Tensor) -> Tensor:

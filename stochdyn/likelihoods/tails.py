@@ -105,12 +105,18 @@ def _(fn: td.Normal, x: Tensor) -> Tensor:
 
 @log_at_most.register(td.LogNormal)
 def _(fn: td.LogNormal, x: Tensor) -> Tensor:
-    return log_at_most(fn.base_dist, x.log())
+    never = x <= 0
+    return log_at_most(fn.base_dist, torch.where(never, torch.ones_like(x), x).log()).masked_fill(
+        never, -torch.inf
+    )
 
 
 @log_at_least.register(td.LogNormal)
 def _(fn: td.LogNormal, x: Tensor) -> Tensor:
-    return log_at_least(fn.base_dist, x.log())
+    always = x <= 0
+    return log_at_least(fn.base_dist, torch.where(always, torch.ones_like(x), x).log()).masked_fill(
+        always, 0.0
+    )
 
 
 @log_at_most.register(td.StudentT)

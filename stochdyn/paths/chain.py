@@ -4,7 +4,7 @@ import copy
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stochdyn.errors import DiffusionError, DivergedError, DtypeError, FieldError, ShapeError, SupportError
 from stochdyn.fields import (
@@ -62,7 +62,8 @@ class Chain:
         validate: bool = True,
     ) -> None:
         # Called after the model has returned, random weights would be drawn anew at each access.
-        self.drift, self.diffusion = draw_weights(drift), draw_weights(diffusion)
+        shared: dict[int, nn.Module] = {}
+        self.drift, self.diffusion = draw_weights(drift, memo=shared), draw_weights(diffusion, memo=shared)
         self.solver = as_kernel(solver)
         self.context, self.validate = context, validate
         self.own_context: Tensor | None = None

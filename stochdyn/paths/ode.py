@@ -68,11 +68,12 @@ def odeint(
     validate = bool(
         torch.distributions.Distribution._validate_args
     )  # as for paths: off in the steps of a fit
+    given = ts.dtype if isinstance(ts, Tensor) else torch.float64
     ts = check_times(ts, validate)
     if validate:
-        check_resolution(ts, ts.dtype, z0.dtype)
+        check_resolution(ts, given, z0.dtype)
     base = joint_batch(z0=z0.shape[:-1], ts=ts.shape[:-1])
-    by_time = context_by_time(context, ts.shape[-1], base)
+    by_time = _by_time(context, ts.shape[-1], base)
     first = None if by_time is None else by_time[0]
     base = base if first is None else joint_batch(z0_and_ts=base, context=first.shape[:-1])
     times = ts.to(z0.device).movedim(-1, 0)[..., None]
@@ -105,6 +106,18 @@ def _check_kinds(z0: object, solver: object, gradient: object) -> None:
         raise FieldError(
             f"odeint: `gradient` must be sd.Direct(), sd.Checkpointed() or sd.Adjoint(), got {gradient!r}."
         )
+
+
+def _by_time(context: Tensor | None, points: int, base: torch.Size) -> Tensor | None:
+    """The context (time or 1, *batch, context_dim); of three dimensions or more the last but one is time, if it can be."""
+    if not isinstance(context, Tensor) or context.dim() < 3 or context.shape[-2] not in (points, 1):
+        return context_by_time(context, points, base)
+    if context.shape[:-1] == base and context.shape[-2] > 1:
+        raise ShapeError(
+            f"`context` of shape {tuple(context.shape)} may be (*batch, context_dim) or (*batch, time, context_dim): "
+            f"there are {points} of both. Write a static one as context[..., None, :]."
+        )
+    return context.movedim(-2, 0)
 
 
 def _probe(field: Field, z: Tensor, t: Tensor, context: Tensor | None) -> torch.Size:

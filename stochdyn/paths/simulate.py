@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stochdyn.errors import DivergedError, FieldError, ShapeError
+from stochdyn.errors import DivergedError, DtypeError, FieldError, ShapeError
 from stochdyn.fields import AbstractDiffusion, Field, as_diffusion, draw_weights, evaluate, probe
 from stochdyn.paths.checks import (
     check_resolution,
@@ -69,11 +69,15 @@ def sdeint(
             f"sdeint: `solver` must be an SDE solver, e.g. sd.EulerMaruyama() or sd.SRK(), got {solver!r}. An ODE "
             "solver is a kernel as GaussianStep(mean=...)."
         )
-    problem, ts = _problem(draw_weights(drift), draw_weights(as_diffusion(diffusion)), z0, ts, context)
+    shared: dict[int, torch.nn.Module] = {}
+    drift, noises = draw_weights(drift, memo=shared), draw_weights(as_diffusion(diffusion), memo=shared)
+    problem, ts = _problem(drift, noises, z0, ts, context)
     if isinstance(solver, Milstein) and problem.diffusion.diagonal and not problem.diffusion.constant:
         check_own_coordinates(problem.diffusion, problem.times[0].to(z0.dtype), problem.z.detach())
     if isinstance(noise, Tensor):
         _check_increments(noise, problem)
+    if isinstance(noise, BrownianMotion):
+        _check_motion(noise, problem)
     motion = noise if isinstance(noise, BrownianMotion) else Increments(noise, problem.z)
     states = solver.integrate(problem, motion).movedim(0, -2)
     bad = first_bad(states, ts, problem.z.shape[:-1])
@@ -134,9 +138,15 @@ def _problem(
         raise ShapeError(f"sdeint: `z0` must be a floating tensor (*batch, state), got {got}.")
     if not torch.isfinite(z0).all():
         raise DivergedError("sdeint: `z0` is not finite. A trajectory starts at finite numbers.")
+    given = ts.dtype if isinstance(ts, Tensor) else torch.float64
     ts = check_times(ts, True)
-    check_resolution(ts, ts.dtype, z0.dtype)
+    check_resolution(ts, given, z0.dtype)
     base = joint_batch(z0=z0.shape[:-1], ts=ts.shape[:-1])
+    if context is not None and context.dim() > len(base) + 1 and context.shape[-2] == ts.shape[-1]:
+        raise ShapeError(
+            f"sdeint: `context` of shape {tuple(context.shape)} looks like one by time; it must be static, (*batch, "
+            "context_dim). Paths (SDEPath) take contexts by time."
+        )
     by_time = context_by_time(context, -1, base)
     row = None if by_time is None else by_time[0]
     if row is not None:
@@ -156,6 +166,16 @@ def _problem(
         ),
         ts,
     )
+
+
+def _check_motion(noise: BrownianMotion, problem: Problem) -> None:
+    expected = (*problem.z.shape[:-1], problem.noises)
+    if noise.shape != expected:
+        raise ShapeError(f"The BrownianMotion has shape {tuple(noise.shape)}, the equation needs {expected}.")
+    if noise.interval.dtype != problem.z.dtype:
+        raise DtypeError(
+            f"The BrownianMotion is {noise.interval.dtype}, the state {problem.z.dtype}. Make them the same."
+        )
 
 
 def _check_increments(noise: Tensor, problem: Problem) -> None:

@@ -28,7 +28,7 @@ class ExponentialEuler(AbstractKernel):
 
     Raises:
         ShapeError: if A is no matrix where it should be, or larger than 16.
-        DiffusionError: when a path is built, if A does not fit the noise.
+        DiffusionError: when a step is taken, if A does not fit the noise.
 
     References:
         Lord & Tambue, "Stochastic exponential integrators for the finite element discretization of SPDEs", IMA J.
@@ -73,7 +73,7 @@ class ExponentialEuler(AbstractKernel):
                     "ExponentialEuler: rates of single states need noise of single states. For a MatrixDiffusion write "
                     "ExponentialEuler(torch.diag_embed(rates), matrix=True)."
                 )
-            return self.advance(drift, t, dt, z), g * (dt * _phi(2 * self.linear * dt)).sqrt()
+            return self.advance(drift, t, dt, z), g * dt.sqrt() * _phi(2 * self.linear * dt).sqrt()
         if diffusion.diagonal or g.shape[-1] < g.shape[-2]:
             raise DiffusionError(
                 "ExponentialEuler: a matrix `linear` mixes the noises and reaches all states. Give "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stochdyn.errors import FieldError
+from stochdyn.errors import DivergedError, FieldError
 from stochdyn.fields import Field, evaluate
 from stochdyn.solvers.integrator import AbstractMean, AbstractODESolver, Drift
 
@@ -59,7 +59,9 @@ class Flow:
         if context is not None and context.shape[0] > 1:
             context = context.repeat_interleave(solver.substeps, 0)
         times = solver.fine(self.times)
-        return replace(self, times=times, context=context, solver=type(solver)()), solver.substeps
+        return replace(
+            self, times=times, context=context, solver=replace(solver, substeps=1)
+        ), solver.substeps
 
 
 class AbstractGradient(ABC):
@@ -85,13 +87,7 @@ class Direct(AbstractGradient):
     """
 
     def solve(self, flow: Flow) -> Tensor:
-        if not flow.solver.differentiable and torch.is_grad_enabled():
-            value = flow.bound()(flow.times[0].to(flow.z.dtype), flow.z)
-            if value.requires_grad:
-                raise FieldError(
-                    f"{type(flow.solver).__name__} has no gradient of its own, and one is asked for. Pass "
-                    "gradient=sd.Adjoint(), use sd.Rosenbrock(), or solve under torch.no_grad()."
-                )
+        _check_differentiable(flow)
         return flow.part(flow.z, 0, flow.times.shape[0] - 1)
 
 
@@ -99,9 +95,9 @@ class Direct(AbstractGradient):
 class Checkpointed(AbstractGradient):
     """Keep the state at the ends of some segments only, and compute each segment again when its gradient is due.
 
-    The same gradient as `Direct`, bit for bit on a CPU; one more solve in time, memory of the square root of the number
-    of steps. For long grids and large states. Fields must be the same function at both passes: no dropout, no noise
-    drawn inside.
+    The same gradient as `Direct` up to rounding; an adaptive solver starts anew in each segment, so up to its tolerance.
+    One more solve in time, memory of the square root of the number of steps. For long grids and large states. Fields
+    must be the same function at both passes: no dropout, no noise drawn inside.
 
     Args:
         segments: how many; None is the square root of the number of steps.
@@ -129,6 +125,7 @@ class Checkpointed(AbstractGradient):
             raise FieldError(f"Checkpointed: `segments` must be at least 1, got {self.segments}.")
 
     def solve(self, flow: Flow) -> Tensor:
+        _check_differentiable(flow)
         fine, stride = flow.fine()
         steps, z = fine.times.shape[0] - 1, fine.z
         size = self.length(steps)
@@ -145,6 +142,16 @@ class Checkpointed(AbstractGradient):
         """How many steps a segment has."""
         segments = self.segments or max(1, math.isqrt(steps))
         return max(1, -(-steps // segments))
+
+
+def _check_differentiable(flow: Flow) -> None:
+    if flow.solver.differentiable or not torch.is_grad_enabled():
+        return
+    if flow.z.requires_grad or flow.bound()(flow.times[0].to(flow.z.dtype), flow.z).requires_grad:
+        raise FieldError(
+            f"{type(flow.solver).__name__} has no gradient of its own, and one is asked for. Pass "
+            "gradient=sd.Adjoint(), use sd.Rosenbrock(), or solve under torch.no_grad()."
+        )
 
 
 def _segment(flow: Flow, start: int, stop: int, stride: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -194,10 +201,17 @@ class Adjoint(AbstractGradient):
     solver: AbstractODESolver | None = None
 
     def solve(self, flow: Flow) -> Tensor:
+        backwards = self.solver or flow.solver
+        if not backwards.any_system:
+            raise FieldError(
+                f"Adjoint: {type(backwards).__name__} cannot solve the equation backwards, whose state holds adjoints "
+                "and parameters too. Pass another solver for it, e.g. sd.Adjoint(sd.RungeKutta4(4)), or use "
+                "gradient=sd.Checkpointed()."
+            )
         names, values = _parameters(flow.field)
         _check_visible(flow, names, values)
         given = flow.context if flow.context is not None else flow.z.new_zeros(1, 0)
-        setup = replace(flow, context=None), self.solver or flow.solver, names, flow.context is not None
+        setup = replace(flow, context=None), backwards, names, flow.context is not None
         return _AdjointSolve.apply(setup, flow.z, given, *values)
 
 
@@ -285,7 +299,13 @@ class _Gap:
             return self.rates(end - r * length, length, x, a)
 
         start = torch.cat([x.reshape(-1) for x in shapes])
-        return pieces(self.solver.solve(rates, start, unit, sizes)[-1])[1:]
+        try:
+            return pieces(self.solver.solve(rates, start, unit, sizes)[-1])[1:]
+        except DivergedError as error:
+            raise DivergedError(
+                f"The adjoint equation failed between times {t.max().item():g} and {before.min().item():g}, backwards: "
+                "the flow is unstable in that direction, or stiff. Use gradient=sd.Checkpointed()."
+            ) from error
 
     @torch.enable_grad()
     def rates(self, t: Tensor, length: Tensor, x: Tensor, a: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ class AbstractODESolver(ABC):
 
     Attributes:
         differentiable: whether gradients pass through its operations; without, `Adjoint` gives them.
+        any_system: whether it solves any system; without, not the adjoint equation's one long vector.
     """
 
     differentiable: ClassVar[bool] = True
+    any_system: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, field: Drift, z: Tensor, times: Tensor, parts: Sequence[int] = ()) -> Tensor:

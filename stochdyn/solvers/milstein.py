@@ -24,7 +24,8 @@ class Milstein(AbstractKernel):
     constant (the Lamperti transform, log for geometric noise) is better than either.
 
     Raises:
-        DiffusionError: with a `MatrixDiffusion`, or where g of one coordinate depends on another.
+        DiffusionError: with a `MatrixDiffusion`; in `sdeint`, which checks it, where g of one coordinate depends on
+            another.
 
     References:
         Milstein, "Approximate integration of stochastic differential equations", Theory Probab. Appl. 1975,

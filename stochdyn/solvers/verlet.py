@@ -1,6 +1,7 @@
 """The leapfrog of mechanics."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Verlet(AbstractMean):
         >>> bool((z.square().sum(-1) - 1).abs().max() < 0.003)
         True
     """
+
+    any_system: ClassVar[bool] = False
 
     def once(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
         if z.shape[-1] % 2:

@@ -189,3 +189,25 @@ def test_observe_is_the_line_it_says_where_nothing_is_censored():
     assert type(ours["fn"].base_dist.base_dist) is type(line["fn"].base_dist.base_dist) is dist.Normal
     assert torch.equal(ours["fn"].log_prob(ours["value"]), line["fn"].log_prob(line["value"]))
     assert ours["value"] is batch.values
+
+
+def test_doses_merge_into_a_censored_series():
+    """New times are neither observed nor censored; old ends stay with their times, before and after an extension."""
+    data = sd.Series([0.0, 2.0], [[[0.05], [3.0]]], lower=0.1)
+    merged = data.with_covariates(sd.Series([1.0, 1.5], [[[9.0], [4.0]]]), before=0.0)
+    assert merged.times.tolist() == [0.0, 1.0, 1.5, 2.0]
+    assert merged.censored.flatten().tolist() == [True, False, False, False]
+    later = merged.extend([3.0])
+    assert later.censored.flatten().tolist() == [True, False, False, False, False]
+    with later.plate("series"):
+        trace = pyro.poutine.trace(later.observe).get_trace("y", dist.Normal(torch.ones(1, 5, 1), 1.0))
+    wanted = dist.Normal(1.0, 1.0).cdf(torch.tensor(0.1)).log() + dist.Normal(1.0, 1.0).log_prob(
+        torch.tensor(3.0)
+    )
+    assert (trace.log_prob_sum() - wanted).abs() < 1e-5
+
+
+def test_one_end_is_enough_in_a_frame():
+    frame = pd.DataFrame({"t": [0.0, 1.0], "y": [1.0, NAN], "lo": [NAN, NAN], "hi": [NAN, 0.5]})
+    with pytest.raises(sd.DataError, match=r"one end of `between` is NaN"):
+        sd.Series.from_frame(frame, "t", "y", between=("lo", "hi"))

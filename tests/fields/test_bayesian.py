@@ -338,3 +338,25 @@ def test_refused():
         sd.bayesian(torch.nn.Tanh())
     with pytest.raises(sd.FieldError, match="computes weights from others"):
         sd.bayesian(torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(2, 2)))
+
+
+def test_a_module_in_two_places_is_drawn_once():
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = sd.MLP(1, 1, hidden=(4,))
+
+        def forward(self, t, z):
+            return self.a(z) - self.b(z)
+
+    drawn = sd.draw_weights(sd.bayesian(Shared(), "f"))
+    assert drawn.a is drawn.b
+    assert drawn(torch.zeros(1), torch.ones(3, 1)).abs().max() == 0
+    net = sd.bayesian(sd.NeuralField(1, hidden=(4,)), "net")
+
+    def model():
+        return pyro.sample(
+            "z", sd.SDEPath(net, lambda t, z: 0.1 + 0 * z, torch.zeros(1), torch.linspace(0, 1, 4))
+        )
+
+    assert pyro.poutine.trace(model).get_trace().nodes["z"]["value"].shape == (4, 1)

@@ -147,3 +147,22 @@ def test_refused():
         sd.FieldError, match=r"returned 2 numbers, expected 1, .*outputs=\(1,\). Set its outputs=1"
     ):
         sd.Residual(Decay(), net, outputs=(1,))(torch.zeros(1), torch.zeros(2))
+
+
+@pytest.mark.parametrize("network", [sd.AntisymmetricField(2), sd.ElementwiseField(2), sd.BoundedField(2)])
+def test_a_network_that_cannot_begin_at_zero_is_refused(network):
+    with pytest.raises(sd.FieldError, match=r"cannot be set to zero.*start=False"):
+        sd.Residual(lambda t, z: 0 * z, network)
+    assert (
+        sd.Residual(lambda t, z: 0 * z, network, start=False)
+        .learned(torch.zeros(1), torch.ones(2))
+        .abs()
+        .sum()
+        > 0
+    )
+
+
+def test_a_hamiltonian_begins_at_zero():
+    drift = sd.Residual(lambda t, z: -z, sd.HamiltonianField(2, hidden=(8,)))
+    z = torch.randn(5, 2)
+    assert torch.equal(drift(torch.zeros(1), z), -z)

@@ -1,5 +1,7 @@
 """The censored distribution: densities, tails and intervals side by side, and finite gradients everywhere."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -130,3 +132,18 @@ def test_refused():
     ).all()
     with pytest.raises(sd.SupportError, match="Bernoulli has no distribution function"):
         sd.Censored(dist.Bernoulli(torch.ones(2) / 2), low, high).log_prob(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.5), (-1.0, 0.5), (-torch.inf, 0.0), (-torch.inf, 0.5), (0.0, torch.inf)]
+)
+def test_limits_at_the_edge_of_a_support(low, high):
+    loc, scale = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.3, 0.8))
+    base = dist.LogNormal(loc, scale)
+    entry = sd.Censored(base, torch.tensor(low).double(), torch.tensor(high).double())
+    got = entry.log_prob(torch.tensor(0.2).double())
+    exact = ss.lognorm(0.8, scale=math.exp(0.3))
+    mass = exact.cdf(high) - exact.cdf(low)
+    assert (got.exp() - mass).abs() < 1e-12
+    if mass > 0:
+        assert all(g.isfinite() for g in torch.autograd.grad(got, (loc, scale)))

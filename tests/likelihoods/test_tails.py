@@ -105,3 +105,17 @@ def test_one_of_your_own():
         log_at_most(fn, tensor(1.0))
     log_at_least.register(Mine)(lambda fn, x: -fn.rate * x)
     assert log_at_least(fn, tensor(1.0)) == -2
+
+
+@pytest.mark.parametrize("k", [1e5, 1e6, 1e7, 1e8])
+@pytest.mark.parametrize("shift", [-40.0, -3.0, 0.0, 3.0, 40.0])
+def test_poisson_tails_of_large_counts(k, shift):
+    rate = k + shift * k**0.5
+    for ours, theirs in (
+        (log_at_most, ss.poisson.logcdf),
+        (log_at_least, lambda x, r: ss.poisson.logsf(x - 1, r)),
+    ):
+        wanted = theirs(k, rate)
+        got = ours(dist.Poisson(torch.tensor(rate).double()), torch.tensor(k).double())
+        if np.isfinite(wanted):
+            assert abs(got.item() - wanted) < (1e-8 if k < 1.5e5 else 1e-4) * max(1, abs(wanted))

@@ -172,3 +172,21 @@ def test_bad_input_is_refused_by_name(change, error, message):
     given = {"field": lambda t, z: -z, "z0": torch.ones(2), "ts": torch.linspace(0, 1, 5)} | change
     with pytest.raises(error, match=message):
         sd.odeint(given.pop("field"), given.pop("z0"), given.pop("ts"), **given)
+
+
+@pytest.mark.parametrize("draws", [1, 3, 4])
+@pytest.mark.parametrize("points", [3, 5])
+def test_static_contexts_of_series_under_draws_of_their_starts(draws, points):
+    """Three series, as many draws or times as there may be: every draw of a series has the series' context."""
+    context = torch.tensor([[[1.0]], [[2.0]], [[3.0]]])
+    z = sd.odeint(lambda t, z, c: c, torch.zeros(draws, 3, 1), torch.linspace(0, 1, points), context=context)
+    assert (z[:, :, -1, 0] - torch.tensor([1.0, 2.0, 3.0])).abs().max() < 1e-5
+    by_time = context.expand(3, points, 1)
+    if draws == points == 3:
+        with pytest.raises(sd.ShapeError, match=r"may be \(\*batch, context_dim\) or"):
+            sd.odeint(
+                lambda t, z, c: c, torch.zeros(draws, 3, 1), torch.linspace(0, 1, points), context=by_time
+            )
+        return
+    z = sd.odeint(lambda t, z, c: c, torch.zeros(draws, 3, 1), torch.linspace(0, 1, points), context=by_time)
+    assert (z[:, :, -1, 0] - torch.tensor([1.0, 2.0, 3.0])).abs().max() < 1e-5

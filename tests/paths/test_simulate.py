@@ -101,7 +101,7 @@ def test_gradients_pass_and_a_float32_run_stays_float32():
         ({"noise": torch.zeros(3, 1)}, sd.ShapeError, r"increments .* = \(4, 2, 1\), got \(3, 1\)"),
         ({"solver": sd.SRK(), "noise": torch.zeros(4, 2, 1)}, sd.ShapeError, r"Pass noise=sd\.BrownianMotion"),
         ({"noise": sd.BrownianMotion(0.0, 0.5, (2, 1))}, sd.TimeError, r"leave the BrownianMotion's \[0, 0\.5\]"),
-        ({"noise": sd.BrownianMotion(0.0, 1.0, (2, 3))}, sd.ShapeError, r"has 1 noises, the BrownianMotion 3"),
+        ({"noise": sd.BrownianMotion(0.0, 1.0, (2, 3))}, sd.ShapeError, r"BrownianMotion has shape \(2, 3\), the equation needs \(2, 1\)"),
         ({"solver": sd.SRK(), "noise": sd.BrownianMotion(0.0, 1.0, (3, 1))}, sd.ShapeError, r"has shape \(3, 1\)"),
         ({"solver": sd.SRK(), "ts": torch.rand(2, 5).cumsum(-1)}, sd.TimeError, r"all series must share the times"),
         ({"solver": sd.SRK(), "diffusion": sd.MatrixDiffusion(lambda t, z: z[..., None].expand(*z.shape, 2))},

@@ -94,3 +94,20 @@ def test_padding_does_not_move_and_the_wrong_kind_of_noise_is_refused():
         ).rsample()  # fmt: skip
     with pytest.raises(sd.ShapeError, match=r"`linear` must be"):
         sd.ExponentialEuler(torch.ones(2, 3), matrix=True)
+
+
+def test_the_gradient_by_a_rate_is_finite_where_series_are_padded():
+    rate, ts = (
+        torch.tensor([-1.0], dtype=F64, requires_grad=True),
+        torch.tensor([0.0, 0.5, 1.0, 1.0], dtype=F64),
+    )
+    path = sd.SDEPath(
+        lambda t, z: rate * z,
+        torch.tensor([0.3], dtype=F64),
+        torch.ones(1, dtype=F64),
+        ts,
+        solver=sd.ExponentialEuler(rate),
+    )
+    z = path.rsample()
+    for value in (z.sum(), path.log_prob(z.detach())):
+        assert torch.autograd.grad(value, rate, retain_graph=True)[0].isfinite().all()

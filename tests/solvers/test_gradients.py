@@ -136,3 +136,33 @@ def test_a_checkpointed_solve_keeps_few_tensors():
 
     assert kept(sd.Checkpointed()) < kept(sd.Direct()) / 16
     assert kept(sd.Checkpointed(256)) > kept(sd.Checkpointed())
+
+
+@pytest.mark.parametrize("solver", [sd.Rosenbrock(4), sd.Verlet(4)])
+def test_a_solver_that_cannot_go_backwards_is_refused_and_another_may_do_it(solver):
+    k, ts = torch.tensor([1.3], dtype=F64, requires_grad=True), torch.linspace(0, 2, 9, dtype=F64)
+    z0 = torch.tensor([1.0, 0.2], dtype=F64)
+
+    def field(t, z, k):
+        return torch.cat([z[..., 1:], -k * z[..., :1]], -1)
+
+    def slope(gradient):
+        return torch.autograd.grad(
+            sd.odeint(field, z0, ts, solver=solver, gradient=gradient, context=k)[-1, 0], k
+        )[0]
+
+    with pytest.raises(
+        sd.FieldError, match=r"cannot solve the equation backwards.*sd\.Adjoint\(sd\.RungeKutta4\(4\)\)"
+    ):
+        slope(sd.Adjoint())
+    assert (slope(sd.Checkpointed()) - slope(sd.Direct())).abs() < 1e-12
+    assert (slope(sd.Adjoint(sd.RungeKutta4(8))) - slope(sd.Direct())).abs() < 1e-2
+
+
+@pytest.mark.parametrize("gradient", [sd.Direct(), sd.Checkpointed(2)])
+def test_an_implicit_solver_loses_no_gradient_of_a_start(gradient):
+    z0 = torch.ones(1, dtype=F64, requires_grad=True)
+    with pytest.raises(sd.FieldError, match=r"Radau has no gradient of its own"):
+        sd.odeint(
+            lambda t, z: torch.ones_like(z), z0, torch.linspace(0, 1, 6), solver=sd.Radau(), gradient=gradient
+        )

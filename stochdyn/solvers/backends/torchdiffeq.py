@@ -56,8 +56,13 @@ class Watched:
         series = int(size.argmax())
         time = self.t.expand(*self.z.shape[:-1], 1).reshape(-1)[series].item()
         state = [round(x, 4) for x in rows[series, :8].tolist()]
+        batch = self.z.shape[:-1]
+        member = (
+            [int(i) for i in torch.unravel_index(torch.tensor(series), batch)] if len(batch) > 1 else series
+        )
+        name = tuple(member) if isinstance(member, list) else member
         return DivergedError(
-            f"series {series}, time {time:g}: {why}; the state was {state}. If the field explodes, bound it; if it is "
+            f"series {name}, time {time:g}: {why}; the state was {state}. If the field explodes, bound it; if it is "
             "stiff, use sd.Rosenbrock(substeps) or sd.Radau(); else loosen rtol and atol."
         )
 
