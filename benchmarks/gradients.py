@@ -1,6 +1,6 @@
 """Three ways to the gradient of a neural ODE: time, peak memory and error, beside torchdiffeq's two.
 
-    python benchmarks/gradients.py              # 1,000 steps of RungeKutta4, batch 64, a net of two layers of 64
+    python benchmarks/gradients.py              # 1,000 steps of RungeKutta4, batch 512, a net of two layers of 64
     python benchmarks/gradients.py --quick      # 250 steps
     python benchmarks/gradients.py --json out.json
 
@@ -52,12 +52,12 @@ def solve(way: str, field: Field, z0: Tensor, ts: Tensor) -> Tensor:
     return sd.odeint(field, z0, ends, solver=sd.RungeKutta4(len(ts) - 1), gradient=gradient)[:, -1]
 
 
-def once(way: str, steps: int, dtype: torch.dtype) -> dict[str, object]:
+def once(way: str, steps: int, series: int, dtype: torch.dtype) -> dict[str, object]:
     """Time, peak memory and gradient of one way, in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     field = Field().to(dtype)
-    z0, ts = torch.randn(64, 8, dtype=dtype), torch.linspace(0, 5, steps + 1, dtype=dtype)
+    z0, ts = torch.randn(series, 8, dtype=dtype), torch.linspace(0, 5, steps + 1, dtype=dtype)
     warm = solve(way, field, z0, ts[:3])
     if way != "none":
         warm.square().sum().backward()
@@ -75,24 +75,37 @@ def once(way: str, steps: int, dtype: torch.dtype) -> dict[str, object]:
     return {"seconds": seconds, "bytes": grown, "gradient": gradient}
 
 
-def apart(way: str, steps: int, dtype: str) -> dict[str, object]:
+def apart(way: str, steps: int, series: int, dtype: str) -> dict[str, object]:
     """`once` in a process of its own."""
-    command = [sys.executable, __file__, "--way", way, "--steps", str(steps), "--dtype", dtype]
+    command = [
+        sys.executable,
+        __file__,
+        "--way",
+        way,
+        "--steps",
+        str(steps),
+        "--series",
+        str(series),
+        "--dtype",
+        dtype,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(steps: int, rounds: int) -> dict[str, float]:
+def compare(steps: int, series: int, rounds: int) -> dict[str, float]:
     """A table of all ways, printed, and its figures."""
     runs: dict[str, list[dict[str, object]]] = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
-            runs[way].append(apart(way, steps, "float32"))
-    exact = {way: np.array(apart(way, steps, "float64")["gradient"]) for way in WAYS[1:]}
+            runs[way].append(apart(way, steps, series, "float32"))
+    exact = {way: np.array(apart(way, steps, series, "float64")["gradient"]) for way in WAYS[1:]}
     seconds = {way: float(np.median([r["seconds"] for r in runs[way]])) for way in WAYS}
     sizes = {way: float(np.median([r["bytes"] for r in runs[way]])) for way in WAYS}
     found: dict[str, float] = {}
-    print(f"{steps} steps, batch 64, medians of {rounds}; error in float64 against direct backpropagation")
+    print(
+        f"{steps} steps, batch {series}, medians of {rounds}; error in float64 against direct backpropagation"
+    )
     print(f"{'':22s}{'seconds':>9s}{'ratio':>7s}{'MiB':>9s}{'ratio':>8s}{'error':>10s}")
     for way in WAYS:
         error = np.nan
@@ -117,15 +130,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="250 steps, one round")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--steps", type=int, help="steps of the solver")
+    parser.add_argument("--series", type=int, default=512, help="size of the batch")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every way")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     steps = chosen.steps or (250 if chosen.quick else 1000)
     if chosen.way:
-        print(json.dumps(once(chosen.way, steps, getattr(torch, chosen.dtype))))
+        print(json.dumps(once(chosen.way, steps, chosen.series, getattr(torch, chosen.dtype))))
         return
-    found = compare(steps, 1 if chosen.quick else chosen.rounds)
+    found = compare(steps, chosen.series, 1 if chosen.quick else chosen.rounds)
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(found, indent=1))
 

@@ -160,10 +160,6 @@ class LatentODE(nn.Module):
     def forward(self, batch: Series) -> Tensor:
         grid = TimeGrid(batch.times, substeps=1)
         context = grid.context(batch, self.interpolation) if self.covariates else None
-        if (
-            context is not None
-        ):  # one row per time, so that draws of starts do not hide which dimension is time
-            context = context.expand(*context.shape[:-2], grid.ts.shape[-1], -1)
         options = {"solver": self.solver, "gradient": self.gradient, "context": context}
         with batch.plate("series"):
             zero = torch.zeros(self.state_dim, dtype=batch.values.dtype, device=batch.values.device)

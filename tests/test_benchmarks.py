@@ -230,10 +230,12 @@ def test_quick_figures_of_the_gradients_benchmark(monkeypatch, tmp_path, capsys)
     state = torch.get_num_threads(), torch.get_default_dtype()
     try:
         monkeypatch.setattr(
-            gradients, "apart", lambda way, steps, kind: gradients.once(way, steps, getattr(torch, kind))
+            gradients,
+            "apart",
+            lambda way, steps, series, kind: gradients.once(way, steps, series, getattr(torch, kind)),
         )
         out = tmp_path / "out.json"
-        gradients.main(["--quick", "--steps", "40", "--json", str(out)])
+        gradients.main(["--quick", "--steps", "40", "--series", "16", "--json", str(out)])
         found = json.loads(out.read_text())
     finally:
         torch.set_num_threads(state[0])

@@ -261,8 +261,7 @@ def _beta_fraction(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _log_gammainc(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """log P(a, x) and log Q(a, x), x > 0: a series below a + 1, a continued fraction above.
 
-    Near the centre of a large a both need too many terms; torch has an expansion there, right to four digits, which only the
-    far tails leave.
+    Near the centre of a large a both need too many terms; torch has an expansion there, right to four digits.
     """
     a, x = torch.broadcast_tensors(a, x)
     below = x < a + 1

@@ -109,7 +109,7 @@ def _check_kinds(z0: object, solver: object, gradient: object) -> None:
 
 
 def _by_time(context: Tensor | None, points: int, base: torch.Size) -> Tensor | None:
-    """The context (time or 1, *batch, context_dim); of three dimensions or more the last but one is time, if it can be."""
+    """The context (time or 1, *batch, context_dim); of three dimensions or more one is time, if it can be."""
     if not isinstance(context, Tensor) or context.dim() < 3 or context.shape[-2] not in (points, 1):
         return context_by_time(context, points, base)
     if context.shape[:-1] == base and context.shape[-2] > 1:

@@ -95,8 +95,8 @@ class Direct(AbstractGradient):
 class Checkpointed(AbstractGradient):
     """Keep the state at the ends of some segments only, and compute each segment again when its gradient is due.
 
-    The same gradient as `Direct` up to rounding; an adaptive solver starts anew in each segment, so up to its tolerance.
-    One more solve in time, memory of the square root of the number of steps. For long grids and large states. Fields
+    The same gradient as `Direct` up to rounding; of an adaptive solver, which starts anew in each segment, up to its
+    tolerance. One more solve in time, memory of the square root of the number of steps. For long grids and large states. Fields
     must be the same function at both passes: no dropout, no noise drawn inside.
 
     Args:
