@@ -96,8 +96,9 @@ class Checkpointed(AbstractGradient):
     """Keep the state at the ends of some segments only, and compute each segment again when its gradient is due.
 
     The same gradient as `Direct` up to rounding; of an adaptive solver, which starts anew in each segment, up to its
-    tolerance. One more solve in time, memory of the square root of the number of steps. For long grids and large states. Fields
-    must be the same function at both passes: no dropout, no noise drawn inside.
+    tolerance. One more solve in time, for a third of the memory at 1,000 steps (measured: what torch's checkpoint keeps
+    of each step grows with their number too). Fields must be the same function at both passes: no dropout, no noise
+    drawn inside.
 
     Args:
         segments: how many; None is the square root of the number of steps.
