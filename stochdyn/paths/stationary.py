@@ -9,6 +9,7 @@ from torch import Tensor
 from stochdyn.errors import DiffusionError, FieldError, ShapeError, StabilityError, TimeError
 from stochdyn.fields import AbstractDiffusion, Field, as_diffusion, evaluate, probe
 from stochdyn.fields.zeros import find_zeros, jacobian
+from stochdyn.paths.checks import short
 from stochdyn.solvers import AbstractKernel, EulerMaruyama
 
 
@@ -158,7 +159,7 @@ def _fixed_point(f: Callable[[Tensor], Tensor], around: Tensor) -> Tensor:
     if bool(bad.any()):
         raise FieldError(
             f"Stationary, {_member(bad)}: no fixed point found, the drift is still {speed[bad][0].item():.3g} at "
-            f"{_short(loc[bad][0])}. Start nearer with `around`; a drift without a zero has no stationary law."
+            f"{short(loc[bad][0])}. Start nearer with `around`; a drift without a zero has no stationary law."
         )
     _check_stable(J, discrete=False)
     return loc - torch.linalg.solve(J, f(loc)[..., None])[..., 0]
@@ -201,7 +202,3 @@ def _cholesky(covariance: Tensor) -> Tensor:
 def _member(bad: Tensor) -> str:
     index = bad.nonzero()[0].tolist()
     return f"batch member {index[0] if len(index) == 1 else tuple(index)}" if index else "one member"
-
-
-def _short(z: Tensor) -> list[float]:
-    return [round(x, 4) for x in z.flatten()[:8].tolist()]

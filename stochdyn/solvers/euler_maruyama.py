@@ -1,18 +1,16 @@
 """The Euler-Maruyama step, and its tamed form for drifts that grow faster than linearly."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from stochdyn.fields import AbstractDiffusion
 from stochdyn.solvers.integrator import Drift
-from stochdyn.solvers.kernel import AbstractKernel
+from stochdyn.solvers.kernel import AbstractEulerNoise
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(AbstractKernel):
+class EulerMaruyama(AbstractEulerNoise):
     """Euler-Maruyama: z' = z + f(t, z) dt + g(t, z) sqrt(dt) xi.
 
     Itô convention. Strong order 1/2 (1 for additive noise), weak order 1, one call of drift and diffusion.
@@ -28,25 +26,12 @@ class EulerMaruyama(AbstractKernel):
         True
     """
 
-    noise_is_diffusion: ClassVar[bool] = True
-
-    def step(
-        self,
-        drift: Drift,
-        diffusion: AbstractDiffusion,
-        t: Tensor,
-        dt: Tensor,
-        z: Tensor,
-        context: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return self.advance(drift, t, dt, z), diffusion.scale(diffusion(t, z, context), dt.sqrt())
-
     def advance(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
         return z + drift(t, z) * dt
 
 
 @dataclass(frozen=True)
-class TamedEuler(AbstractKernel):
+class TamedEuler(AbstractEulerNoise):
     """Tamed Euler-Maruyama: z' = z + f dt / (1 + |f| dt) + g sqrt(dt) xi, with |f| over the state.
 
     Itô convention. Strong order 1/2 (1 for additive noise), weak order 1, one call of drift and diffusion, for drifts
@@ -66,19 +51,6 @@ class TamedEuler(AbstractKernel):
         >>> bool(path.rsample().isfinite().all())
         True
     """
-
-    noise_is_diffusion: ClassVar[bool] = True
-
-    def step(
-        self,
-        drift: Drift,
-        diffusion: AbstractDiffusion,
-        t: Tensor,
-        dt: Tensor,
-        z: Tensor,
-        context: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return self.advance(drift, t, dt, z), diffusion.scale(diffusion(t, z, context), dt.sqrt())
 
     def advance(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
         move = drift(t, z).expand(z.shape) * dt

@@ -1,18 +1,16 @@
 """A Gaussian step around the mean of an ODE solver."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from torch import Tensor
 
-from stochdyn.fields import AbstractDiffusion
 from stochdyn.solvers.integrator import AbstractMean, Drift
-from stochdyn.solvers.kernel import AbstractKernel
+from stochdyn.solvers.kernel import AbstractEulerNoise
 from stochdyn.solvers.runge_kutta import Heun
 
 
 @dataclass(frozen=True)
-class GaussianStep(AbstractKernel):
+class GaussianStep(AbstractEulerNoise):
     """A Gaussian step with a better mean: the mean of an ODE solver, the noise of Euler-Maruyama.
 
     z' = mean(z) + g(t, z) sqrt(dt) xi. Itô convention. Weak order 1, and as the noise gets small the order of
@@ -34,19 +32,7 @@ class GaussianStep(AbstractKernel):
         torch.Size([6, 1])
     """
 
-    noise_is_diffusion: ClassVar[bool] = True
     mean: AbstractMean = field(default_factory=Heun)
-
-    def step(
-        self,
-        drift: Drift,
-        diffusion: AbstractDiffusion,
-        t: Tensor,
-        dt: Tensor,
-        z: Tensor,
-        context: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return self.advance(drift, t, dt, z), diffusion.scale(diffusion(t, z, context), dt.sqrt())
 
     def advance(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
         return self.mean.mean(drift, t, dt, z)

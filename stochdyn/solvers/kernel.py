@@ -146,6 +146,23 @@ class AbstractKernel(AbstractStepSolver):
         return a + (G * xi if diffusion.diagonal else (G @ xi[..., None])[..., 0])
 
 
+class AbstractEulerNoise(AbstractKernel):
+    """A kernel with the noise of Euler-Maruyama, G = g(t, z) sqrt(dt); subclasses give the mean."""
+
+    noise_is_diffusion: ClassVar[bool] = True
+
+    def step(
+        self,
+        drift: Drift,
+        diffusion: AbstractDiffusion,
+        t: Tensor,
+        dt: Tensor,
+        z: Tensor,
+        context: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return self.advance(drift, t, dt, z), diffusion.scale(diffusion(t, z, context), dt.sqrt())
+
+
 def as_kernel(solver: object) -> AbstractKernel:
     """Refuse what has no transition density.
 

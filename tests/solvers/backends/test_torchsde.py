@@ -9,7 +9,7 @@ from tests.orders import F64, slope
 MULTIPLICATIVE = (lambda drift: lambda t, z: drift * z, lambda t, z: 0.5 * z)
 
 
-def errors(solver, drift, diffusion, exact, levels=range(3, 8), paths=200):
+def errors(solver, drift, diffusion, exact, levels=range(3, 9), paths=200):
     """Along one Brownian motion, asked at the finest level first."""
     motion = sd.BrownianMotion(0.0, 1.0, (paths, 1), seed=3, dtype=F64)
     fine = motion.increments(torch.linspace(0, 1, 2**8 + 1, dtype=F64))
