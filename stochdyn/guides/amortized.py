@@ -1,6 +1,6 @@
 """`AmortizedGuide`: any Pyro model in, a guide out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -9,9 +9,10 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import biject_to
 
 from stochdyn.encoders import AbstractEncoder
-from stochdyn.errors import GuideError
+from stochdyn.errors import DivergedError, GuideError
 from stochdyn.guides.flow import Flow, JointFlow
 from stochdyn.guides.local_site import AmortizedLatents, Latent, pooled_scales
 from stochdyn.guides.marginals import Marginals, MarginalSite, in_use
@@ -144,6 +145,24 @@ class AmortizedGuide(nn.Module):
         emit_parameters(self, self._label)
         if isinstance(self.model, nn.Module):
             emit_parameters(self.model, f"{self._label}.model")
+
+    @torch.no_grad()
+    def prior_draws(self, count: int, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        """Draws of the prior of the latents outside plates that have a joint posterior, in unconstrained space.
+
+        Args:
+            count: how often the model is run; runs that diverge give none.
+            *args: of the model.
+            **kwargs: of the model.
+        """
+        for _ in range(count):
+            try:
+                with poutine.block(), poutine.trace() as tracer, PathsWithoutNoise():
+                    self.model(*args, **kwargs)
+            except DivergedError:
+                continue
+            sites = [tracer.trace.nodes[name] for name in (self.joint.slices if self.joint else ())]
+            yield torch.cat([biject_to(s["fn"].support).inv(s["value"]).reshape(-1) for s in sites])
 
     # Set-up: one run of the model tells its sites and plates.
 

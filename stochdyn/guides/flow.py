@@ -19,7 +19,7 @@ from torch.distributions.transforms import Transform
 
 from stochdyn.errors import GuideError
 from stochdyn.guides.latent import LOG_2PI
-from stochdyn.guides.sites import Arrangement, Start, free_shape
+from stochdyn.guides.sites import Arrangement, Start, free_shape, lower_factor
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,15 @@ class JointFlow(nn.Module):
         """Where every site stands."""
         return self.arrangement.slices
 
+    def at(self) -> Tensor:
+        """Where its normal stands, in unconstrained space: (size,)."""
+        return (self.centre + self.unit * self.loc).detach()
+
+    @torch.no_grad()
+    def move_to(self, u: Tensor) -> None:
+        """Stand elsewhere, as wide as before."""
+        self.loc.copy_((u - self.centre) / self.unit)
+
     def history(self) -> "Drawn":
         """What one run of a guide records."""
         return Drawn()
@@ -118,7 +127,7 @@ class JointFlow(nn.Module):
         return self.centre + self.unit * (self.loc + (self._factor() @ z[..., None])[..., 0])
 
     def _factor(self) -> Tensor:
-        return torch.diag_embed(self.log_scale.exp()) + self.lower.tril(-1)
+        return lower_factor(self.log_scale.exp(), self.lower)
 
     def frozen(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` with the parameters detached."""

@@ -99,6 +99,11 @@ def centre_and_spread(rows: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def lower_factor(scale: Tensor, lower: Tensor) -> Tensor:
+    """scale (I + lower), row by row: the numbers below the diagonal are of order one, however narrow the posterior."""
+    return torch.diag_embed(scale) + scale[..., None] * lower.tril(-1)
+
+
 class LocalNormal(nn.Module):
     """A normal per member of the plates around a site; `factor` has off-diagonal entries where full."""
 
@@ -139,7 +144,7 @@ class LocalNormal(nn.Module):
         loc, log_scale = place.take(self.loc, 1), place.take(self.log_scale, 1)
         factor = log_scale.exp()
         if self.lower is not None:
-            factor = torch.diag_embed(factor) + place.take(self.lower, 2).tril(-1)
+            factor = lower_factor(factor, place.take(self.lower, 2))
         q = LatentNormal(
             loc,
             factor,
@@ -224,6 +229,15 @@ class JointNormal(nn.Module):
         """Where every site stands."""
         return self.arrangement.slices
 
+    def at(self) -> Tensor:
+        """Where it stands, in unconstrained space: (size,)."""
+        return self.loc.detach().clone()
+
+    @torch.no_grad()
+    def move_to(self, u: Tensor) -> None:
+        """Stand elsewhere, as wide as before."""
+        self.loc.copy_(u)
+
     def history(self) -> "Residuals":
         """What one run of a guide records."""
         return Residuals()
@@ -231,7 +245,7 @@ class JointNormal(nn.Module):
     def conditional(self, name: str, before: "Residuals") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """loc and factor given the residuals of the sites before, attached and as the score sees them."""
         part = self.arrangement.part(name, before.count)
-        L = torch.diag_embed(self.log_scale.exp()) + self.lower.tril(-1)
+        L = lower_factor(self.log_scale.exp(), self.lower)
         rows, known = L[part, : part.start], part.start
         block, loc = L[part, part], self.loc[part]
         score_loc, score_block = loc.detach(), block.detach()

@@ -6,6 +6,7 @@ from stochdyn.inference.estimators import AnalyticKL, LogRatio, StickingTheLandi
 from stochdyn.inference.evidence import Evidence, evidence
 from stochdyn.inference.fit import fit
 from stochdyn.inference.iwae import IWAE
+from stochdyn.inference.multistart import Multistart
 from stochdyn.inference.objective import ELBO, AbstractObjective
 from stochdyn.inference.path_elbo import PathELBO
 from stochdyn.inference.predict import Prediction, predict
@@ -25,6 +26,7 @@ __all__ = [
     "Fit",
     "Linear",
     "LogRatio",
+    "Multistart",
     "PosteriorCollapse",
     "Prediction",
     "Schedule",

@@ -9,6 +9,7 @@ from stochdyn.inference import scopes
 from stochdyn.inference.aggressive import Aggressive, Phase
 from stochdyn.inference.batches import batches, moved, population
 from stochdyn.inference.loop import Monitor, Settings, Trainer, train
+from stochdyn.inference.multistart import Multistart, search
 from stochdyn.inference.objective import ELBO, AbstractObjective, Program
 from stochdyn.inference.parameters import modules_of
 from stochdyn.inference.result import Fit
@@ -29,6 +30,7 @@ def fit(
     kl_weight: float | Schedule = 1.0,
     clip_norm: float | None = 10.0,
     aggressive: Aggressive | None = None,
+    multistart: Multistart | None = None,
     seed: int | None = 0,
     device: torch.device | str | None = None,
     validate: Any = None,
@@ -57,6 +59,8 @@ def fit(
             leaves them.
         aggressive: Train the guide ahead of the model in a first phase; see `Aggressive`. The mutual information
             that ends it is measured on `validate`, or else on the data.
+        multistart: Begin at the best of many draws of the prior; see `Multistart`. Of use where a posterior has many
+            modes: oscillations, switches.
         seed: Fixes the result, and leaves the random state outside as it was. None draws from that state.
         device: Where to train: moves modules and data. None leaves them.
         validate: Data on which the ELBO is recorded twenty times (`Fit.validation`), in eval mode.
@@ -92,7 +96,12 @@ def fit(
     with scopes.seeded(seed), scopes.mode(modules, train=True):
         order = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         stream = batches(data, batch_size, order)
-        trainer = Trainer(result, Settings(objective, rate, weight, clip_norm))
+        settings = Settings(objective, rate, weight, clip_norm)
+        if multistart is not None:
+            search(multistart, result, settings, stream, progress=progress)
+        if result.interrupted:
+            return result
+        trainer = Trainer(result, settings)
         phase = None if aggressive is None else Phase(aggressive, data if validate is None else validate)
         train(trainer, stream, steps, monitor=monitor, progress=progress, phase=phase)
     return result

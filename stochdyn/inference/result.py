@@ -21,6 +21,7 @@ class Fit:
         validation: Pairs (step, ELBO per series of the validation data).
         mutual_information: Pairs (step, nats) where `aggressive` was given; see `posterior_collapse`.
         active_units: Pairs (step, active units by site), at the same steps.
+        starts: Losses of the finalists where `multistart` was given, the lowest first.
         inner: Steps of the guide alone, skipped ones included.
         seconds: Wall-clock time.
         population: How many series the data stand for, or None where the data do not say.
@@ -41,6 +42,7 @@ class Fit:
     validation: list[tuple[int, float]] = field(default_factory=list)
     mutual_information: list[tuple[int, float]] = field(default_factory=list)
     active_units: list[tuple[int, dict[str, int]]] = field(default_factory=list)
+    starts: list[float] = field(default_factory=list)
     inner: int = 0
     seconds: float = 0.0
     population: int | None = None

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stochdyn.errors import DivergedError, FieldError
 from stochdyn.fields import Field, evaluate
 from stochdyn.solvers.integrator import AbstractMean, AbstractODESolver, Drift
+from stochdyn.solvers.recompute import reads, recomputed
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,14 @@ class Checkpointed(AbstractGradient):
         size = self.length(steps)
         if size >= steps:
             return Direct().solve(flow)
-        states = [z]
+        read = reads(lambda z: fine.part(z, 0, 1), z) if torch.is_grad_enabled() else []
+        states = [z[None]]
         for start in range(0, steps, size):
             stop = min(start + size, steps)
-            z, *kept = checkpoint(_segment(fine, start, stop, stride), z, use_reentrant=False)
-            states.extend(kept)
-        return torch.stack(states)
+            out = recomputed(_segment(fine, start, stop, stride), z, read)
+            z = out[-1]
+            states.append(out[:-1])
+        return torch.cat(states)
 
     def length(self, steps: int) -> int:
         """How many steps a segment has."""
@@ -155,16 +157,10 @@ def _check_differentiable(flow: Flow) -> None:
         )
 
 
-def _segment(flow: Flow, start: int, stop: int, stride: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """The state at the end of a segment, and the states at every `stride`-th time in it."""
+def _segment(flow: Flow, start: int, stop: int, stride: int) -> Callable[[Tensor], Tensor]:
+    """The states at every `stride`-th time in a segment, and the one at its end."""
     keep = [k - start for k in range(start + 1, stop + 1) if k % stride == 0]
-
-    def run(z: Tensor) -> tuple[Tensor, ...]:
-        states = flow.part(z, start, stop)
-        # Copies: a view would keep the states of the whole segment.
-        return (states[-1].clone(), *[states[k].clone() for k in keep])
-
-    return run
+    return lambda z: flow.part(z, start, stop)[[*keep, stop - start]]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from pyro import poutine
 
 import stochdyn as sd
+from tests.guides.test_sites import factor_of
 from tests.models import (
     F64,
     elbos,
@@ -53,7 +54,7 @@ def test_the_path_is_integrated_out():
 @torch.no_grad()
 def exact_sds(guide, draws=10000, wider=1.5):
     """Of the posterior, by importance sampling from a wider copy of a guide for the marginal model."""
-    L = torch.diag(guide.joint.log_scale.exp()) + guide.joint.lower.tril(-1)
+    L = factor_of(guide.joint)
     proposal = dist.MultivariateNormal(guide.joint.loc, scale_tril=wider * L)
     u = proposal.sample((draws,))
     log_w = []
@@ -71,7 +72,7 @@ def exact_sds(guide, draws=10000, wider=1.5):
 
 
 def sds(guide):
-    L = torch.diag(guide.joint.log_scale.exp()) + guide.joint.lower.tril(-1)
+    L = factor_of(guide.joint)
     return (L @ L.mT).diagonal().sqrt().detach()
 
 
@@ -146,7 +147,7 @@ def wide_priors():
 @torch.no_grad()
 def wide_sds(guide, draws=40000):
     """Of the posterior with wide priors, by importance sampling from a Student t around a guide."""
-    L = torch.diag(guide.joint.log_scale.exp()) + guide.joint.lower.tril(-1)
+    L = factor_of(guide.joint)
     proposal = dist.MultivariateStudentT(torch.tensor(4.0, dtype=F64), guide.joint.loc.detach(), 1.3 * L)
     u = proposal.sample((draws,))
     u = u[(u[:, 0].exp() * STEP < 1.8) & (u[:, 0] > -4) & (u[:, 2].abs() < 4)]  # where the scheme is stable

@@ -41,6 +41,11 @@ def joint_normal():
     return joint
 
 
+def factor_of(joint):
+    """The Cholesky factor, written out: unit triangular, its rows scaled."""
+    return torch.diag(joint.log_scale.exp()) @ (torch.eye(len(joint.loc), dtype=F64) + joint.lower.tril(-1))
+
+
 def in_order(joint, sample_shape=()):
     """log q and the unconstrained values, site by site."""
     before, total, free = Residuals(), 0.0, []
@@ -60,7 +65,7 @@ def in_order(joint, sample_shape=()):
 def test_the_conditionals_are_one_joint_normal(shape):
     joint = joint_normal()
     log_q, u = in_order(joint, shape)
-    L = torch.diag(joint.log_scale.exp()) + joint.lower.tril(-1)
+    L = factor_of(joint)
     exact = dist.MultivariateNormal(joint.loc, scale_tril=L).log_prob(u)
     torch.testing.assert_close(log_q, exact, rtol=0, atol=1e-10)
     off = dist.MultivariateNormal(joint.loc, scale_tril=torch.diag(joint.log_scale.exp())).log_prob(u)
@@ -70,7 +75,7 @@ def test_the_conditionals_are_one_joint_normal(shape):
 def test_its_draws_have_the_joint_covariance():
     joint = joint_normal()
     u = in_order(joint, (40000,))[1].detach()
-    L = torch.diag(joint.log_scale.exp()) + joint.lower.tril(-1)
+    L = factor_of(joint)
     exact = (L @ L.mT).detach()
     r = u - joint.loc.detach()
     products = r[:, :, None] * r[:, None, :]
@@ -101,7 +106,7 @@ def exact_regression(guide):
     with torch.no_grad():
         guide.joint.loc.copy_(covariance @ A.mT @ NOISE.inverse() @ Y)
         guide.joint.log_scale.copy_(L.diagonal().log())
-        guide.joint.lower.copy_(L.tril(-1))
+        guide.joint.lower.copy_((L / L.diagonal()[:, None]).tril(-1))
     return dist.MultivariateNormal(torch.zeros(4, dtype=F64), A @ PRIOR_COV @ A.mT + NOISE).log_prob(Y).item()
 
 
