@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -77,7 +79,7 @@ def search(
         >>> search(Multistart(), Fit(None, None), None, iter(()), progress=False)
         Traceback (most recent call last):
         ...
-        stochdyn.errors.FitError: multistart: needs an AmortizedGuide, which says what to draw; this guide is NoneType. ...
+        stochdyn.errors.FitError: multistart: needs an AmortizedGuide, which says what to draw; this guide is N...
     """
     _check_kind(fit.guide)
     args = next(stream)
@@ -122,7 +124,9 @@ class _State:
 
     def __init__(self, fit: Fit, args: tuple) -> None:
         self.parameters = Parameters({"model": fit.model, "guide": fit.guide})
-        with torch.no_grad(), poutine.block(), poutine.trace(param_only=True) as capture:
+        capture = poutine.trace(param_only=True)
+        # Where it diverges is no place to begin, and no reason not to look for one.
+        with suppress(DivergedError), torch.no_grad(), poutine.block(), capture:
             drawn = poutine.trace(fit.guide).get_trace(*args)
             poutine.replay(fit.model, trace=drawn)(*args)
         self.parameters.collect(capture.trace)
@@ -150,7 +154,7 @@ class _Search:
     def screen(self, args: tuple) -> list[Tensor]:
         """The starts with a finite loss, the lowest first."""
         guide, found = self.fit.guide, []
-        for u in [guide.joint.at(), *guide.prior_draws(self.options.draws, *args)]:
+        for u in chain([guide.joint.at()], guide.prior_draws(self.options.draws, *args)):
             if self.stop.requested:
                 return []
             guide.joint.move_to(u)
@@ -160,8 +164,8 @@ class _Search:
             self.bar.update()
         if not found:
             raise FitError(
-                f"multistart: none of {self.options.draws} draws of the prior has a finite loss. Narrow the priors, use "
-                "a solver with smaller steps, or draw more."
+                f"multistart: none of {self.options.draws} draws of the prior has a finite loss. Narrow the priors, "
+                "use a solver with smaller steps, or draw more."
             )
         return [u for _, u in sorted(found, key=lambda pair: pair[0])]
 
@@ -179,12 +183,16 @@ class _Search:
         trainer = Trainer(trial, replace(self.settings, lr=Constant(value_at(self.settings.lr, 0, "lr"))))
         try:
             with scopes.validated():
-                for _ in range(self.options.steps):
-                    if self.stop.requested:
-                        break
-                    trainer.take(next(stream))
-                    self.bar.update()
+                for args in self._until_stopped(stream):
+                    trainer.take(args)
         except FitError:
             return math.inf
         last = trial.losses[-max(1, self.options.steps // 5) :]
         return fmean(last) if last else math.inf
+
+    def _until_stopped(self, stream: Iterator[tuple]) -> Iterator[tuple]:
+        for _ in range(self.options.steps):
+            if self.stop.requested:
+                return
+            yield next(stream)
+            self.bar.update()

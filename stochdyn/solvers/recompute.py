@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -59,7 +60,8 @@ def reads(run: Run, z: Tensor) -> list[Tensor] | None:
         z: its argument.
 
     Returns:
-        Them, or None if they cannot be told: where parts of the function, such as compiled ones, cannot be watched.
+        Them, or None if no list of them would do: parts of the function, such as compiled ones, cannot be watched, or
+        one of the tensors was made from another, so that its gradient holds the other's.
 
     Example:
         >>> import torch
@@ -68,7 +70,12 @@ def reads(run: Run, z: Tensor) -> list[Tensor] | None:
         [True]
     """
     first, second = _reads(run, z), _reads(run, z)
-    return list(first.values()) if list(first) == list(second) else None
+    if list(first) != list(second):
+        return None
+    found = list(first.values())
+    ends = {_node(t) for t in found}
+    nested = any(ends & _behind(_node(t), ends) for t in found)
+    return None if nested else found
 
 
 @torch.enable_grad()
@@ -89,7 +96,8 @@ def recomputed(run: Run, z: Tensor, read: list[Tensor] | None) -> Tensor:
             and keeps more.
 
     Raises:
-        FieldError: in the backward pass, if the function reads a tensor that needs a gradient and is not in `read`.
+        FieldError: in the backward pass, if the function reads a tensor that needs a gradient and is not in `read`, or
+            if that pass is to be differentiated itself.
 
     Example:
         >>> import torch
@@ -111,24 +119,47 @@ class _Recomputed(torch.autograd.Function):
         return run(z)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise FieldError(
+                "Checkpointed: a second derivative is asked for (`create_graph=True`), and there is none. Use "
+                "gradient=sd.Direct()."
+            )
         z, *read = ctx.saved_tensors
         leaf = z.detach().requires_grad_()
-        with torch.enable_grad(), Reads() as watched:
+        with torch.enable_grad():
             out = ctx.run(leaf)
-        _check(watched, [leaf, *read])
+        _check(out, [leaf, *read])
         wanted = [t for t in [leaf, *read] if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grads[0], allow_unused=True))
         return None, *[next(found) if t.requires_grad else None for t in [leaf, *read]]
 
 
-def _check(watched: Reads, known: list[Tensor]) -> None:
-    identities = {id(t) for t in known}
-    strange = [tuple(t.shape) for t in watched.found if id(t) not in identities]
+def _check(out: Tensor, known: list[Tensor]) -> None:
+    """No tensor without a maker is behind the result but the known ones."""
+    ends = {_node(t) for t in known if t.requires_grad}
+    behind = _behind(_node(out), ends) - ends
+    strange = [tuple(node.variable.shape) for node in behind if hasattr(node, "variable")]
     if strange:
         raise FieldError(
             f"Checkpointed: in the backward pass the field reads tensors of shapes {strange} that need a gradient and "
             "that it did not read in its first step, so their gradient would be lost. Read them at all times, pass "
             "them as `context=`, or use gradient=sd.Direct()."
         )
+
+
+def _node(tensor: Tensor) -> Any:
+    """Where its gradient arrives."""
+    return get_gradient_edge(tensor).node
+
+
+def _behind(node: Any, ends: set[Any]) -> set[Any]:
+    """All nodes that a gradient reaches from one, itself left out, when it goes no further than the ends."""
+    seen, waiting = set(), [n for n, _ in node.next_functions]
+    while waiting:
+        reached = waiting.pop()
+        if reached is not None and reached not in seen:
+            seen.add(reached)
+            if reached not in ends:
+                waiting += [n for n, _ in reached.next_functions]
+    return seen
