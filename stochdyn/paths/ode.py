@@ -16,7 +16,7 @@ from stochdyn.paths.checks import (
 )
 from stochdyn.paths.drifts import in_time
 from stochdyn.solvers import AbstractGradient, AbstractODESolver, Direct, Dopri5
-from stochdyn.solvers.gradients import Flow
+from stochdyn.solvers.gradients import Flow, check_gradient
 
 
 def odeint(
@@ -102,10 +102,7 @@ def _check_kinds(z0: object, solver: object, gradient: object) -> None:
             f"odeint: `solver` must be an ODE solver, e.g. sd.Dopri5() or sd.RungeKutta4(substeps=4), got {solver!r}. "
             "Stochastic equations are integrated by sd.sdeint, or are paths."
         )
-    if not isinstance(gradient, AbstractGradient):
-        raise FieldError(
-            f"odeint: `gradient` must be sd.Direct(), sd.Checkpointed() or sd.Adjoint(), got {gradient!r}."
-        )
+    check_gradient("odeint", gradient)
 
 
 def _by_time(context: Tensor | None, points: int, base: torch.Size) -> Tensor | None:

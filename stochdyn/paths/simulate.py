@@ -1,7 +1,5 @@
 """Simulating an SDE with any solver, along any noise: trajectories without a density."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -15,9 +13,18 @@ from stochdyn.paths.checks import (
     joint_batch,
     lift,
 )
-from stochdyn.solvers import AbstractSDESolver, BrownianMotion, EulerMaruyama, Milstein
+from stochdyn.solvers import (
+    AbstractGradient,
+    AbstractSDESolver,
+    BrownianMotion,
+    Direct,
+    EulerMaruyama,
+    Milstein,
+)
+from stochdyn.solvers.gradients import check_gradient
 from stochdyn.solvers.kernel import Problem
 from stochdyn.solvers.milstein import check_own_coordinates
+from stochdyn.solvers.walk import Increments, Walk
 
 
 def sdeint(
@@ -27,6 +34,7 @@ def sdeint(
     ts: Tensor,
     *,
     solver: AbstractSDESolver = EulerMaruyama(),  # noqa: B008
+    gradient: AbstractGradient = Direct(),  # noqa: B008
     noise: "Tensor | BrownianMotion | None" = None,
     context: Tensor | None = None,
 ) -> Tensor:
@@ -43,6 +51,7 @@ def sdeint(
         solver: a kernel (`EulerMaruyama()`, `GaussianStep(...)`, `Milstein()`, `TamedEuler()`,
             `ExponentialEuler(...)`), or `SRK()` (Itô); `StratonovichHeun()`, `StratonovichMidpoint()`,
             `ReversibleHeun()` (Stratonovich).
+        gradient: `Direct()`; `Checkpointed()` for long trajectories; `Adjoint()` with `ReversibleHeun()`.
         noise: increments (time - 1, *batch, noise) of the Brownian motions, or a `BrownianMotion`; None draws them.
         context: static, (*batch, context_dim).
 
@@ -69,6 +78,7 @@ def sdeint(
             f"sdeint: `solver` must be an SDE solver, e.g. sd.EulerMaruyama() or sd.SRK(), got {solver!r}. An ODE "
             "solver is a kernel as GaussianStep(mean=...)."
         )
+    check_gradient("sdeint", gradient)
     shared: dict[int, torch.nn.Module] = {}
     drift, noises = draw_weights(drift, memo=shared), draw_weights(as_diffusion(diffusion), memo=shared)
     problem, ts = _problem(drift, noises, z0, ts, context)
@@ -79,41 +89,11 @@ def sdeint(
     if isinstance(noise, BrownianMotion):
         _check_motion(noise, problem)
     motion = noise if isinstance(noise, BrownianMotion) else Increments(noise, problem.z)
-    states = solver.integrate(problem, motion).movedim(0, -2)
+    states = gradient.simulate(Walk(problem, solver, motion)).movedim(0, -2)
     bad = first_bad(states, ts, problem.z.shape[:-1])
     if bad is not None:
         raise DivergedError(f"{bad} Use smaller steps, bound the drift, or sd.TamedEuler().")
     return states
-
-
-@dataclass(frozen=True)
-class Increments:
-    """Brownian increments that were given, or are drawn when asked for."""
-
-    given: Tensor | None
-    like: Tensor
-
-    def increments(self, times: Tensor, noises: int) -> Tensor:
-        """(time - 1, *batch, noise)."""
-        if self.given is not None:
-            return self.given
-        dt = times.diff(dim=0).to(self.like.dtype)
-        shape = (dt.shape[0], *self.like.shape[:-1], noises)
-        return torch.randn(shape, dtype=self.like.dtype, device=self.like.device) * dt.sqrt()
-
-    def whole(self, problem: Problem) -> BrownianMotion:
-        """Motions that can be asked for more than increments.
-
-        Raises:
-            ShapeError: if increments were given.
-        """
-        if self.given is not None:
-            raise ShapeError(
-                "This solver needs more of the noise than its increments. Pass noise=sd.BrownianMotion(...)."
-            )
-        first, last = problem.times.min().item(), problem.times.max().item()
-        shape = (*self.like.shape[:-1], problem.noises)
-        return BrownianMotion(first, last, shape, dtype=self.like.dtype, device=self.like.device)
 
 
 class _Bound(AbstractDiffusion):

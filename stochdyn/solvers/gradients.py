@@ -13,6 +13,9 @@ from stochdyn.errors import DivergedError, FieldError
 from stochdyn.fields import Field, evaluate
 from stochdyn.solvers.integrator import AbstractMean, AbstractODESolver, Drift
 from stochdyn.solvers.recompute import reads, recomputed
+from stochdyn.solvers.walk import Walk
+
+Part = Callable[[Tensor, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,25 @@ class AbstractGradient(ABC):
     def solve(self, flow: Flow) -> Tensor:
         """The states (time, *batch, state)."""
 
+    @abstractmethod
+    def simulate(self, walk: Walk) -> Tensor:
+        """The states (time, *batch, state) of an SDE."""
+
+
+def check_gradient(name: str, gradient: object) -> None:
+    """Refuse what is not a way to a gradient.
+
+    Raises:
+        FieldError: naming the ways.
+
+    Example:
+        >>> check_gradient("odeint", Direct())
+    """
+    if not isinstance(gradient, AbstractGradient):
+        raise FieldError(
+            f"{name}: `gradient` must be sd.Direct(), sd.Checkpointed() or sd.Adjoint(), got {gradient!r}."
+        )
+
 
 @dataclass(frozen=True)
 class Direct(AbstractGradient):
@@ -89,6 +111,9 @@ class Direct(AbstractGradient):
     def solve(self, flow: Flow) -> Tensor:
         _check_differentiable(flow)
         return flow.part(flow.z, 0, flow.times.shape[0] - 1)
+
+    def simulate(self, walk: Walk) -> Tensor:
+        return walk.whole()
 
 
 @dataclass(frozen=True)
@@ -129,15 +154,27 @@ class Checkpointed(AbstractGradient):
     def solve(self, flow: Flow) -> Tensor:
         _check_differentiable(flow)
         fine, stride = flow.fine()
-        steps, z = fine.times.shape[0] - 1, fine.z
+        return self._run(fine.part, fine.z, fine.times.shape[0] - 1, stride)
+
+    def simulate(self, walk: Walk) -> Tensor:
+        if walk.solver.reversible:
+            raise FieldError(
+                f"Checkpointed: {type(walk.solver).__name__} carries more than the state from step to step. Use "
+                "gradient=sd.Adjoint(), which is exact for it."
+            )
+        walk = walk.fixed()
+        return self._run(walk.part, walk.problem.z, walk.steps)
+
+    def _run(self, part: Part, z: Tensor, steps: int, stride: int = 1) -> Tensor:
+        """The states at every `stride`-th of so many steps."""
         size = self.length(steps)
-        if size >= steps:
-            return Direct().solve(flow)
-        read = reads(lambda z: fine.part(z, 0, 1), z) if torch.is_grad_enabled() else []
+        if size >= steps or not torch.is_grad_enabled():
+            return part(z, 0, steps)[::stride]
+        read = reads(lambda z: part(z, 0, 1), z)
         states = [z[None]]
         for start in range(0, steps, size):
             stop = min(start + size, steps)
-            out = recomputed(_segment(fine, start, stop, stride), z, read)
+            out = recomputed(_segment(part, start, stop, stride), z, read)
             z = out[-1]
             states.append(out[:-1])
         return torch.cat(states)
@@ -158,15 +195,18 @@ def _check_differentiable(flow: Flow) -> None:
         )
 
 
-def _segment(flow: Flow, start: int, stop: int, stride: int) -> Callable[[Tensor], Tensor]:
+def _segment(part: Part, start: int, stop: int, stride: int) -> Callable[[Tensor], Tensor]:
     """The states at every `stride`-th time in a segment, and the one at its end."""
     keep = [k - start for k in range(start + 1, stop + 1) if k % stride == 0]
-    return lambda z: flow.part(z, start, stop)[[*keep, stop - start]]
+    return lambda z: part(z, start, stop)[[*keep, stop - start]]
 
 
 @dataclass(frozen=True)
 class Adjoint(AbstractGradient):
     """Solve the adjoint equation backwards in time: memory that does not grow with the number of steps.
+
+    Of an SDE, `ReversibleHeun` alone, which goes backwards step by step without error: the gradient is that of what was
+    computed, up to rounding. The rest is about ODEs.
 
     da/dt = -a df/dz from the last time to the first, with the state solved backwards beside it from the kept states at
     all times. It is the gradient of the exact flow, so it agrees with `Direct` up to the solver's error only, and it is
@@ -181,11 +221,12 @@ class Adjoint(AbstractGradient):
 
     Raises:
         FieldError: when solving, if the field reads a tensor that needs a gradient and is neither a parameter of the
-            field nor the context.
+            field nor the context; if the SDE's solver is another one.
 
     References:
         Chen, Rubanova, Bettencourt & Duvenaud, "Neural ordinary differential equations", 2018,
-        https://arxiv.org/abs/1806.07366
+        https://arxiv.org/abs/1806.07366; Kidger, Foster, Li & Lyons, "Efficient and accurate gradients for neural
+        SDEs", 2021, https://arxiv.org/abs/2105.13493
 
     Example:
         >>> import torch, stochdyn as sd
@@ -211,6 +252,23 @@ class Adjoint(AbstractGradient):
         given = flow.context if flow.context is not None else flow.z.new_zeros(1, 0)
         setup = replace(flow, context=None), backwards, names, flow.context is not None
         return _AdjointSolve.apply(setup, flow.z, given, *values)
+
+    def simulate(self, walk: Walk) -> Tensor:
+        if not walk.solver.reversible:
+            raise FieldError(
+                f"Adjoint: {type(walk.solver).__name__} cannot be run backwards exactly. Use sd.ReversibleHeun(), or "
+                "gradient=sd.Checkpointed()."
+            )
+        walk = walk.fixed()
+        if not torch.is_grad_enabled():
+            return walk.whole()
+        read = reads(lambda z: walk.part(z, 0, 1), walk.problem.z)
+        if read is None:
+            raise FieldError(
+                "Adjoint: drift and diffusion read a tensor and another that was made from it, or cannot be watched. "
+                "Read the one alone, or use gradient=sd.Checkpointed() with another solver."
+            )
+        return walk.solver.adjoint(walk.problem, walk.motion, read)
 
 
 def _parameters(field: Any) -> tuple[list[str], list[Tensor]]:

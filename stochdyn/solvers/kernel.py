@@ -38,13 +38,25 @@ class AbstractSDESolver(ABC):
 
     Attributes:
         stratonovich: whether the equation is read in the Stratonovich sense; False is Itô.
+        reversible: whether it goes backwards without error, from the state and more that it carries from step to step.
     """
 
     stratonovich: ClassVar[bool] = False
+    reversible: ClassVar[bool] = False
 
     @abstractmethod
     def integrate(self, problem: Problem, motion: Any) -> Tensor:
         """The states (time, *batch, state) along a Brownian motion, as `sdeint` hands it over."""
+
+    def adjoint(self, problem: Problem, motion: Any, read: list[Tensor]) -> Tensor:
+        """The same, of which the gradient keeps the states alone; reversible solvers have it.
+
+        Args:
+            problem: the equation.
+            motion: a Brownian motion.
+            read: the tensors that need a gradient and that drift and diffusion read.
+        """
+        raise NotImplementedError
 
 
 class AbstractStepSolver(AbstractSDESolver):

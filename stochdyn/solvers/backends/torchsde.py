@@ -12,6 +12,8 @@ from torch import Tensor
 from stochdyn.errors import DiffusionError, ShapeError, TimeError
 from stochdyn.solvers.kernel import AbstractSDESolver, Problem
 
+ROUNDING = 1e-6
+
 
 class BrownianMotion:
     """Brownian motions that can be asked for their increments over any intervals, again and again.
@@ -101,24 +103,29 @@ class AbstractTorchSDE(AbstractSDESolver):
     method: ClassVar[str]
 
     def integrate(self, problem: Problem, motion: Any) -> Tensor:
-        batch = problem.z.shape[:-1]
-        if not isinstance(motion, BrownianMotion):
-            motion = motion.whole(problem)
-        if motion.shape != (*batch, problem.noises):
-            raise ShapeError(
-                f"The BrownianMotion has shape {tuple(motion.shape)}, the equation needs {(*batch, problem.noises)}."
-            )
-        times = motion.shared(problem.times)
-        sde = _SDE(problem, self._noise_type(problem), "stratonovich" if self.stratonovich else "ito")
+        motion = self._whole(problem, motion)
+        sde = self._equation(problem)
         stepper = _stepper(self.method, sde, motion)
-        y = problem.z.reshape(-1, problem.z.shape[-1])
-        at = torch.tensor(times, dtype=y.dtype, device=y.device)
+        y, at, moves = _beginning(problem, motion)
         states, extra = [y], stepper.init_extra_solver_state(at[0], y)
-        for k in range(len(times) - 1):
-            if times[k + 1] > times[k]:
+        for k, moved in enumerate(moves):
+            if moved:
                 y, extra = stepper.step(at[k], at[k + 1], y, extra)
             states.append(y)
-        return torch.stack(states).reshape(-1, *batch, y.shape[-1])
+        return torch.stack(states).reshape(-1, *problem.z.shape)
+
+    def _whole(self, problem: Problem, motion: Any) -> BrownianMotion:
+        if not isinstance(motion, BrownianMotion):
+            motion = motion.whole(problem)
+        expected = (*problem.z.shape[:-1], problem.noises)
+        if motion.shape != expected:
+            raise ShapeError(
+                f"The BrownianMotion has shape {tuple(motion.shape)}, the equation needs {expected}."
+            )
+        return motion
+
+    def _equation(self, problem: Problem) -> "_SDE":
+        return _SDE(problem, self._noise_type(problem), "stratonovich" if self.stratonovich else "ito")
 
     def _noise_type(self, problem: Problem) -> str:
         if problem.diffusion.constant:
@@ -167,7 +174,8 @@ class ReversibleHeun(AbstractTorchSDE):
     """The reversible Heun method: Heun's accuracy at one call of drift and diffusion per step.
 
     Stratonovich convention, any noise. Strong order 1 for additive noise, else 1/2, weak order 1. Algebraically
-    reversible; less stable than `StratonovichHeun`, so it needs smaller steps on stiff equations. By torchsde, on
+    reversible, so `gradient=Adjoint()` gives the gradient of what was computed, up to rounding, and keeps the states
+    alone; less stable than `StratonovichHeun`, so it needs smaller steps on stiff equations. By torchsde, on
     times that all series share; no density.
 
     References:
@@ -183,6 +191,25 @@ class ReversibleHeun(AbstractTorchSDE):
 
     method: ClassVar[str] = "reversible_heun"
     stratonovich: ClassVar[bool] = True
+    reversible: ClassVar[bool] = True
+
+    def adjoint(self, problem: Problem, motion: Any, read: list[Tensor]) -> Tensor:
+        motion, sde = self._whole(problem, motion), self._equation(problem)
+        y, at, moves = _beginning(problem, motion)
+        states, extra = [y], None
+        for k, moved in enumerate(moves):
+            if moved:
+                # One call per gap: within one, torchsde takes equal steps only. A step a little too long keeps rounding
+                # from leaving a second one of no length, which is no identity for this method.
+                gap = at[k : k + 2]
+                step = (1 + ROUNDING) * gap.diff().item()
+                ys, *extra = _library().sdeint_adjoint(
+                    sde, y, gap, bm=motion.interval, method=self.method, dt=step, adjoint_params=read,
+                    extra=True, extra_solver_state=extra and tuple(extra[0]),
+                )  # fmt: skip
+                y = ys[-1]
+            states.append(y)
+        return torch.stack(states).reshape(-1, *problem.z.shape)
 
 
 class _SDE(torch.nn.Module):
@@ -203,6 +230,14 @@ class _SDE(torch.nn.Module):
             g = g.expand(z.shape).reshape(y.shape)
             return torch.diag_embed(g) if self.noise_type == "additive" else g
         return g.expand(*z.shape, g.shape[-1]).reshape(*y.shape, -1)
+
+
+def _beginning(problem: Problem, motion: BrownianMotion) -> tuple[Tensor, Tensor, list[bool]]:
+    """The start (series, state), the times, and which gaps have a length."""
+    times = motion.shared(problem.times)
+    y = problem.z.reshape(-1, problem.z.shape[-1])
+    at = torch.tensor(times, dtype=y.dtype, device=y.device)
+    return y, at, [b > a for a, b in pairwise(times)]
 
 
 @cache
