@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from stochdyn.errors import ShapeError
+from stochdyn.errors import FieldError, ShapeError
 
 Link = Callable[[Tensor], Tensor]
 Numbers = float | Sequence[float] | Tensor
@@ -68,10 +68,11 @@ class NormalDecoder(AbstractDecoder):
         obs_dim: number of channels.
         scale: of the noise: its initial value where it is learned, one or one per channel. In the units of the data.
             Or a module (..., state) to (..., channel), the logarithm of a scale that depends on the state.
-        learned: whether the scale is learned.
+        learned: whether the scale is learned; a module's parameters say that themselves.
 
     Raises:
         ShapeError: if the scale is not positive, or a net returns another number of channels.
+        FieldError: for `learned=False` beside a module.
 
     Example:
         >>> import stochdyn as sd
@@ -88,6 +89,11 @@ class NormalDecoder(AbstractDecoder):
         super().__init__()
         self.net, self.obs_dim = net, obs_dim
         if isinstance(scale, nn.Module):
+            if not learned:
+                raise FieldError(
+                    "NormalDecoder: learned=False does not reach into the module that gives the scale. Freeze it with "
+                    "scale.requires_grad_(False)."
+                )
             self.log_scale = scale
         else:
             _keep_log(self, "scale", scale, obs_dim, learned)

@@ -56,6 +56,8 @@ def test_refused():
         sd.NormalDecoder(torch.nn.Identity(), 2, scale=0)
     with pytest.raises(sd.ShapeError, match="returned 3 channels.*obs_dim.*2.*Change .* last layer"):
         sd.NormalDecoder(torch.nn.Identity(), 2)(torch.zeros(5, 3))
+    with pytest.raises(sd.FieldError, match=r"scale\.requires_grad_\(False\)"):
+        sd.NormalDecoder(torch.nn.Identity(), 2, scale=torch.nn.Linear(2, 2), learned=False)
     with pytest.raises(TypeError, match="abstract"):
         AbstractDecoder()
 

@@ -118,7 +118,8 @@ def plot_forecast(
 ) -> np.ndarray:
     """Plot a fan chart, one panel per channel: central 50, 80 and 95 % intervals, the median, the data.
 
-    A dashed line marks the last observation that the model saw; later data are drawn hollow.
+    A dashed line marks the last observation that the model saw; later data are drawn hollow. Censored values are
+    triangles at the limit, which point to where the truth is, or bars from one limit to the other.
 
     Args:
         prediction: what `sd.predict` returns, or anything with the attributes of `Prediction`.
@@ -160,6 +161,7 @@ def plot_forecast(
         _draw_fan(ax, fan, panel, color)
         if points is not None:
             _draw_points(ax, *_observed_at(points, series, panel, fan.names[panel]), fan.last)
+            _draw_censored(ax, points, series, panel, fan.names[panel])
         if log:
             ax.set_yscale("log", nonpositive="clip")
         ax.set_ylabel(fan.names[panel])
@@ -289,21 +291,27 @@ def _select(channels: Sequence[int | str] | None, names: tuple[str, ...]) -> lis
 
 
 def _observed_at(data: Observed, series: int, panel: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The times and values where one channel of one series is observed."""
+    """The times and values where one channel of one series is observed, and not censored."""
+    channel, times = _locate(data, series, panel, name)
+    values, seen = as_array(data.values), as_array(data.mask)[series, :, channel].astype(bool)
+    censored = getattr(data, "censored", None)
+    if censored is not None:
+        seen = seen & ~as_array(censored)[series, :, channel].astype(bool)
+    return times[seen], values[series, seen, channel]
+
+
+def _locate(data: Observed, series: int, panel: int, name: str) -> tuple[int, np.ndarray]:
+    """The number of a channel in the data, and the times of one series."""
     names = list(data.channels or ())
     if names and name not in names:
         raise DataError(
             f"the data have channels {names}, the prediction {name!r}. Give the data it was made from."
         )
     channel = names.index(name) if names else panel
-    values, mask, times = as_array(data.values), as_array(data.mask), as_array(data.times)
-    if series >= len(values):
-        raise DataError(
-            f"series {series} is not in the data, which hold {len(values)}. Give the same series."
-        )
-    times = times[series] if times.ndim == 2 else times
-    seen = mask[series, :, channel].astype(bool)
-    return times[seen], values[series, seen, channel]
+    count, times = len(data.values), as_array(data.times)
+    if series >= count:
+        raise DataError(f"series {series} is not in the data, which hold {count}. Give the same series.")
+    return channel, times[series] if times.ndim == 2 else times
 
 
 def _draw_fan(ax: Axes, fan: _Fan, panel: int, color: str) -> None:
@@ -336,6 +344,25 @@ def _draw_points(
     for chosen, face, label in ((~later, INK, "data"), (later, "white", "later data")):
         if chosen.any():
             ax.plot(x[chosen], y[chosen], "o", ms=4, mfc=face, mec=INK, mew=0.8, zorder=4, label=label)
+
+
+def _draw_censored(ax: Axes, data: Any, series: int, panel: int, name: str) -> None:
+    """Values of which a limit is known: where it is, and on which side of it the truth."""
+    if getattr(data, "low", None) is None:
+        return
+    channel, times = _locate(data, series, panel, name)
+    censored, low, high = (as_array(x)[series, :, channel] for x in (data.censored, data.low, data.high))
+    below, above = np.isinf(low), np.isinf(high)
+    look = {"ls": "none", "ms": 5, "mfc": "white", "mec": INK, "mew": 0.8, "zorder": 4}
+    label = "censored"
+    for chosen, at, marker in ((below, high, "v"), (above, low, "^")):
+        chosen = chosen & censored
+        if chosen.any():
+            ax.plot(times[chosen], at[chosen], marker=marker, label=label, **look)
+            label = None
+    both = censored & ~below & ~above
+    if both.any():
+        ax.vlines(times[both], low[both], high[both], color=INK, lw=1.2, zorder=4, label=label)
 
 
 def _draw_trajectory(ax: Axes, median: np.ndarray, future: np.ndarray) -> None:

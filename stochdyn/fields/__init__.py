@@ -1,6 +1,12 @@
 """Fields: what a path is made of."""
 
-from stochdyn.fields.bayesian import WidthScaled, bayesian, draw_weights, has_drawn_weights
+from stochdyn.fields.bayesian import (
+    WidthScaled,
+    bayesian,
+    draw_weights,
+    has_drawn_weights,
+    has_random_weights,
+)
 from stochdyn.fields.calls import Field, call_field, evaluate
 from stochdyn.fields.diffusion import (
     AbstractDiffusion,

@@ -183,12 +183,24 @@ def draw_weights(
     if isinstance(field, AbstractDiffusion):
         drawn = draw_weights(field.field, plates=plates, memo=memo)
         return field if drawn is field.field else type(field)(drawn)  # type: ignore
-    if not isinstance(field, nn.Module) or not any(_random(part) for part in field.modules()):
+    if not has_random_weights(field):
         return field
     with _outside_plates(plates):
         copy = _drawn(field, {} if memo is None else memo)
     copy.weights_drawn = True  # type: ignore
     return copy  # type: ignore
+
+
+def has_random_weights(field: object) -> bool:
+    """Whether a field has weights that are drawn anew whenever they are read.
+
+    Example:
+        >>> import stochdyn as sd
+        >>> has_random_weights(sd.bayesian(sd.MLP(1, 1), "net")), has_random_weights(sd.MLP(1, 1))
+        (True, False)
+    """
+    field = field.field if isinstance(field, AbstractDiffusion) else field
+    return isinstance(field, nn.Module) and any(_random(part) for part in field.modules())
 
 
 def has_drawn_weights(field: object) -> bool:

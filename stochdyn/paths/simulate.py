@@ -14,6 +14,7 @@ from stochdyn.paths.checks import (
     lift,
 )
 from stochdyn.solvers import (
+    SRK,
     AbstractGradient,
     AbstractSDESolver,
     BrownianMotion,
@@ -82,8 +83,9 @@ def sdeint(
     shared: dict[int, torch.nn.Module] = {}
     drift, noises = draw_weights(drift, memo=shared), draw_weights(as_diffusion(diffusion), memo=shared)
     problem, ts = _problem(drift, noises, z0, ts, context)
-    if isinstance(solver, Milstein) and problem.diffusion.diagonal and not problem.diffusion.constant:
-        check_own_coordinates(problem.diffusion, problem.times[0].to(z0.dtype), problem.z.detach())
+    if isinstance(solver, Milstein | SRK) and problem.diffusion.diagonal and not problem.diffusion.constant:
+        t = problem.times[0].to(z0.dtype)
+        check_own_coordinates(type(solver).__name__, problem.diffusion, t, problem.z.detach())
     if isinstance(noise, Tensor):
         _check_increments(noise, problem)
     if isinstance(noise, BrownianMotion):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import DiffusionError, FieldError, ShapeError, StabilityError, TimeError
-from stochdyn.fields import AbstractDiffusion, Field, as_diffusion, evaluate, probe
+from stochdyn.fields import AbstractDiffusion, Field, as_diffusion, evaluate, has_random_weights, probe
 from stochdyn.fields.zeros import find_zeros, jacobian
 from stochdyn.paths.checks import short
 from stochdyn.solvers import AbstractKernel, EulerMaruyama
@@ -75,6 +75,11 @@ class Stationary(dist.MultivariateNormal):
         validate_args: bool | None = None,
     ) -> None:
         time, noise = _check(around, dt, t), as_diffusion(diffusion)
+        if has_random_weights(drift) or has_random_weights(noise):
+            raise FieldError(
+                "Stationary: the weights of drift or diffusion are random, and would not be those of the path. Draw "
+                "them once, f = sd.draw_weights(f), and give that to both."
+            )
         given = around if context is None else around.expand(*_joint(around, context), around.shape[-1])
         batch, _ = probe(drift, noise, time, given, context)
 

@@ -53,5 +53,6 @@ class TamedEuler(AbstractEulerNoise):
     """
 
     def advance(self, drift: Drift, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
-        move = drift(t, z).expand(z.shape) * dt
+        move = drift(t, z) * dt
+        move = move.expand(*move.shape[:-1], z.shape[-1])
         return z + move / (1 + torch.linalg.vector_norm(move, dim=-1, keepdim=True))

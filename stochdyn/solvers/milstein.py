@@ -92,15 +92,15 @@ def _nonzero(g: Tensor) -> Tensor:
     return torch.where(g == 0, torch.ones_like(g), g)
 
 
-def check_own_coordinates(diffusion: AbstractDiffusion, t: Tensor, z: Tensor) -> None:
-    """Refuse a diagonal diffusion of which one coordinate depends on another.
+def check_own_coordinates(name: str, diffusion: AbstractDiffusion, t: Tensor, z: Tensor) -> None:
+    """Refuse, in the name of a solver, a diagonal diffusion of which one coordinate depends on another.
 
     Raises:
         DiffusionError: naming both coordinates.
 
     Example:
         >>> from stochdyn.fields import as_diffusion
-        >>> check_own_coordinates(as_diffusion(lambda t, z: z.square()), torch.zeros(1), torch.ones(2))
+        >>> check_own_coordinates("Milstein", as_diffusion(lambda t, z: z.square()), torch.zeros(1), torch.ones(2))
     """
     z = z.contiguous()  # forward mode refuses expanded tensors
     for d in range(z.shape[-1]):
@@ -111,6 +111,6 @@ def check_own_coordinates(diffusion: AbstractDiffusion, t: Tensor, z: Tensor) ->
         moved[d] = 0
         if moved.any():
             raise DiffusionError(
-                f"Milstein: the diffusion of state {int(moved.argmax())} depends on state {d}; the scheme is of order "
-                "1 for noise that depends on its own state only. Use EulerMaruyama(), or a Stratonovich solver."
+                f"{name}: the diffusion of state {int(moved.argmax())} depends on state {d}; the scheme is "
+                "for noise that depends on its own state only. Use EulerMaruyama(), or a Stratonovich solver."
             )

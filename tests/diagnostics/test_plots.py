@@ -9,6 +9,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+import stochdyn as sd
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
 from stochdyn.errors import DataError, ShapeError
 
@@ -77,6 +78,27 @@ def test_unobserved_points_are_left_out():
     hare, lynx = plot_forecast(make())
     assert 1904.0 not in lines(hare)["data"].get_xdata()
     assert 1904.0 in lines(lynx)["data"].get_xdata()
+
+
+def test_censored_points_point_to_where_the_truth_is():
+    prediction = make()
+    data = sd.Series(
+        [1900.0, 1901.0, 1902.0, 1903.0],
+        torch.tensor([[[1.0, 5.0], [30.0, 5.0], [99.0, 5.0], [40.0, 5.0]]]).expand(2, 4, 2),
+        lower=[2.0, 0.0],
+        upper=[90.0, 100.0],
+        channels=["hare", "lynx"],
+    )
+    hare, lynx = plot_forecast(prediction, observed=data)
+    assert lines(hare)["data"].get_xdata().tolist() == [1901.0, 1903.0]
+    markers = {line.get_marker(): line.get_xydata().tolist() for line in hare.get_lines()}
+    assert markers["v"] == [[1900.0, 2.0]] and markers["^"] == [[1902.0, 90.0]]
+    assert "v" not in {line.get_marker() for line in lynx.get_lines()}
+    nan = float("nan")
+    between = sd.Series([1900.0], [[[5.0, 5.0]]], between=([1.0, nan], [8.0, nan]), channels=["hare", "lynx"])
+    hare = plot_forecast(prediction, observed=between)[0]
+    segments = [c.get_segments() for c in hare.collections if hasattr(c, "get_segments")]
+    assert [s.tolist() for s in segments[-1]] == [[[1900.0, 1.0], [1900.0, 8.0]]]
 
 
 def test_intervals_go_from_light_to_dark():

@@ -14,6 +14,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 
 import stochdyn as sd
 from stochdyn.fields import has_drawn_weights
+from stochdyn.guides.sites import lower_factor
 from tests.problems import within
 
 F64 = torch.float64
@@ -281,7 +282,7 @@ def test_the_posterior_of_a_linear_drift_is_the_exact_regression():
     guide = sd.AmortizedGuide(model)
     fit = sd.fit(model, guide, z, steps=500, lr=0.05, progress=False)
     mean, covariance = regression(z, dt, torch.tensor([2.0, 2.0, 1.0], dtype=F64))
-    L = torch.diag_embed(guide.joint.log_scale.exp()) + guide.joint.lower.tril(-1)
+    L = lower_factor(guide.joint.log_scale.exp(), guide.joint.lower)
     order = torch.tensor([0, 1, 4, 2, 3, 5])  # the weight row by row, then the bias
     loc = guide.joint.loc.detach()[order].reshape(2, 3)
     S = (L @ L.mT).detach()[order][:, order]

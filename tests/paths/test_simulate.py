@@ -122,3 +122,13 @@ def test_bad_input_is_refused_by_name(change, error, message):
 def test_increments_of_the_same_motion_add_up():
     coarse, fine = increments(3, 7, 2), increments(6, 7, 2)
     assert (fine.reshape(8, 8, 7, 2).sum(1) - coarse).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("solver", [sd.Milstein(), sd.SRK()], ids=["milstein", "srk"])
+def test_noise_that_depends_on_another_state_is_refused_by_schemes_that_assume_it_does_not(solver):
+    ts, z0 = torch.linspace(0, 1, 5), torch.ones(3, 2)
+    with pytest.raises(
+        sd.DiffusionError, match=f"{type(solver).__name__}: the diffusion of state 1 depends on state 0"
+    ):
+        sd.sdeint(lambda t, z: -z, lambda t, z: z.flip(-1), z0, ts, solver=solver)
+    assert sd.sdeint(lambda t, z: -z, lambda t, z: z.square(), z0, ts, solver=solver).isfinite().all()

@@ -226,6 +226,13 @@ class TestRefuses:
         with pytest.raises(sd.DiffusionError, match="singular"):
             sd.Stationary(lambda t, z: -z, g, torch.zeros(2, dtype=F64))
 
+    def test_weights_that_would_not_be_those_of_the_path(self):
+        net = sd.bayesian(sd.NeuralField(1, hidden=(4,)), "net")
+        with pytest.raises(
+            sd.FieldError, match=r"weights of drift or diffusion are random.*sd\.draw_weights"
+        ):
+            sd.Stationary(net, torch.ones(1), torch.zeros(1))
+
     def test_wrong_arguments(self):
         with pytest.raises(sd.TimeError, match="`dt` must be positive"):
             sd.Stationary(lambda t, z: -z, torch.ones(1), torch.zeros(1), dt=0.0)

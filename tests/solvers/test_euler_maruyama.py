@@ -87,3 +87,17 @@ def test_stationary_law_of_the_double_well():
     error = square.std() / math.sqrt(len(square))
     assert abs(square.mean() - 0.8322329813) < 4 * error + 0.01
     assert abs(square.mean() - 0.8934649696) > 4 * error + 0.01  # that of a diffusion of 1
+
+
+@pytest.mark.parametrize("solver", [sd.EulerMaruyama(), sd.TamedEuler()], ids=["euler", "tamed"])
+def test_parameters_may_have_more_dimensions_than_the_state(solver):
+    theta = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+    z, t, dt = torch.ones(2, dtype=F64), torch.tensor(0.0, dtype=F64), torch.tensor(0.1, dtype=F64)
+
+    def step(rate):
+        return solver.transition(lambda t, z: -rate * z[..., :1], torch.ones(2, dtype=F64), t, dt, z).mean
+
+    batch = step(theta[:, None])
+    assert batch.shape == (3, 2)
+    for row, rate in zip(batch, theta, strict=True):
+        assert torch.equal(row, step(rate.expand(1)))
