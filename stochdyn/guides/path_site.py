@@ -13,12 +13,11 @@ from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.guides.control import ControlNet
 from stochdyn.guides.messages import AbstractMessageFamily
-from stochdyn.guides.passes import Run
+from stochdyn.guides.passes import LatentPath, Run, smooth
 from stochdyn.guides.plates import Place
 from stochdyn.guides.signature import same, series_signature
 from stochdyn.guides.sites import centre_and_spread
 from stochdyn.guides.upstream import beside, series_around
-from stochdyn.paths import SDEPath
 
 _DRAWS = 50
 
@@ -37,9 +36,9 @@ class Head(nn.Sequential):
         return self
 
 
-def prior_scale(prior: SDEPath) -> tuple[Tensor, Tensor]:
+def prior_scale(prior: LatentPath) -> tuple[Tensor, Tensor]:
     """Median and spread of every state of a path, (state,) each, over its times and some draws."""
-    draws = prior.guided()
+    draws = smooth(prior).guided()
     draws._validate_args = False  # a prior may explode; what stays finite tells the scale
     rows = draws.rsample((math.ceil(_DRAWS / max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
     return centre_and_spread(rows[torch.isfinite(rows).all(-1)])
@@ -83,7 +82,12 @@ class PathSite(nn.Module):
 
     @classmethod
     def begin(
-        cls, family: AbstractMessageFamily, prior: SDEPath, place: Place, features: int | None, hidden: int
+        cls,
+        family: AbstractMessageFamily,
+        prior: LatentPath,
+        place: Place,
+        features: int | None,
+        hidden: int,
     ) -> "PathSite":
         """A new one; `features` is None without an encoder.
 
@@ -234,7 +238,7 @@ class PathSite(nn.Module):
                 "new guide."
             )
 
-    def read(self, encoder: AbstractEncoder, prior: SDEPath, place: Place, run: Run) -> "Reading":
+    def read(self, encoder: AbstractEncoder, prior: LatentPath, place: Place, run: Run) -> "Reading":
         """What the networks of this site get in a run.
 
         Raises:
