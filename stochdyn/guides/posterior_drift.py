@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stochdyn.device import readable
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.fields import Field, NeuralField, evaluate
@@ -120,7 +121,7 @@ class DriftSite(nn.Module):
         score = masked(self._message(_detached(self.start), scored), valid[..., :1])
         context, scored, valid = shifted(context, -2), shifted(scored, -2), shifted(valid, -1)
         drift: Field = self.drift
-        if not bool(valid.all()):
+        if not readable(valid) or not bool(valid.all()):
             drift = Until(self.drift, prior)
             loop = None  # the drift is new in every run, so a compiled loop would compile it anew
             rest = [*own_context(prior), valid[..., None].to(context)]
@@ -161,7 +162,8 @@ def own_context(prior: SDEPath) -> list[Tensor]:
 
 
 def _detached(linear: nn.Linear) -> nn.Module:
-    out = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    out = nn.Linear(linear.in_features, linear.out_features, **like)
     out.weight, out.bias = (
         nn.Parameter(p.detach(), requires_grad=False) for p in (linear.weight, linear.bias)
     )
