@@ -11,7 +11,6 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as tree
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -86,9 +85,19 @@ def _asynchronous(args, kwargs, inside):
     return not inside and (kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True))
 
 
+def _map(change, x):
+    """Apply to everything in nested lists, tuples and dicts."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([_map(change, part) for part in x])
+    if isinstance(x, dict):
+        return {name: _map(change, part) for name, part in x.items()}
+    return change(x)
+
+
 def _compute(func, args, kwargs, log):
-    flat, form = tree.tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    tensors = []
+    collect = lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else None  # noqa: E731
+    _map(collect, (args, kwargs))
     inside = any(isinstance(x, Far) for x in tensors)
     device = kwargs.get("device")
     outside = inside if device is None else torch.device(device).type == FAR
@@ -98,23 +107,22 @@ def _compute(func, args, kwargs, log):
         _refuse_or_copy(func, tensors, log)
     if outside and kwargs.get("generator") is not None:
         raise RuntimeError(f"{func}: the generator is on the host, the values are on the device")
-    if why := _waits(func, args, kwargs, inside, outside):
+    if (inside or outside) and (why := _waits(func, args, kwargs, inside, outside)):
         _record(log, why)
-    near_args, near_kwargs = tree.tree_unflatten([_near(x) for x in flat], form)
-    out = func(*near_args, **near_kwargs)
-    if torch.Tag.inplace_view in func.tags:
+    out = func(*_map(_near, args), **_map(_near, kwargs))
+    if torch.Tag.inplace_view in func.tags and inside:
         with no_dispatch():
             func(*args, **kwargs)
-    known = {id(x.near): x for x in tensors if isinstance(x, Far)}
-    if not (outside or inside):
+    if not outside:
         return out
+    known = {id(x.near): x for x in tensors if isinstance(x, Far)}
 
     def back(o):
-        if not (outside and isinstance(o, torch.Tensor)):
+        if not isinstance(o, torch.Tensor):
             return o
         return known[id(o)] if id(o) in known else Far(o)
 
-    return tree.tree_map(back, out)
+    return _map(back, out)
 
 
 def _refuse_or_copy(func, tensors, log):

@@ -51,7 +51,8 @@ class DriftSite(nn.Module):
     def __init__(self, drift: NeuralField, start: nn.Linear, reduce: nn.Linear | None, plates: int) -> None:
         super().__init__()
         self.drift, self.start, self.reduce = drift, start, reduce
-        self.register_buffer("dims", torch.tensor(plates))
+        self.register_buffer("dims", torch.tensor(plates, device=start.weight.device))
+        self.plates = plates  # the number of batch dimensions that are not particles
 
     @classmethod
     def begin(cls, family: PosteriorDrift, prior: SDEPath, features: int, encoded: int) -> "DriftSite":
@@ -84,11 +85,6 @@ class DriftSite(nn.Module):
         drift = NeuralField(states, hidden=hidden, context_dim=size)
         reduce = nn.Linear(*reversed(state["reduce.weight"].shape)) if "reduce.weight" in state else None
         return cls(drift, nn.Linear(size, numbers), reduce, int(state["dims"])).to(weights[0])
-
-    @property
-    def plates(self) -> int:
-        """The number of batch dimensions that are not particles."""
-        return int(self.dims)
 
     def guided(
         self,

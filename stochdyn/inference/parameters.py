@@ -81,8 +81,9 @@ def restore_buffers_where(skipped: torch.Tensor, saved: Buffers) -> None:
     with torch.no_grad():
         for module, name, _, value in saved:
             now = module._buffers.get(name)
-            if now is not None and value is not None and now.shape == value.shape:
-                now.copy_(torch.where(skipped.to(now.device), value, now))
+            if now is None or value is None or now.shape != value.shape or now.device != skipped.device:
+                continue  # what a forward pass writes is where the parameters are
+            now.copy_(torch.where(skipped, value, now))
 
 
 def parameters_of(program: Any, trace: Any = None) -> dict[int, torch.Tensor]:
