@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 aten = torch.ops.aten
 _ALWAYS = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive",
-    "bincount", "equal", "is_nonzero", "_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "linalg_eig",
+    "bincount", "equal", "allclose", "is_nonzero", "_linalg_check_errors", "_linalg_eigh", "_linalg_svd", "linalg_eig",
     "linalg_eigvals", "linalg_lstsq", "linalg_matrix_exp", "randperm", "multinomial", "histc", "argwhere",
 }  # fmt: skip
 _BUILD = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}

@@ -3,6 +3,8 @@
 The same fits run on a GPU, where there is one, in `test_cuda.py`.
 """
 
+import copy
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -103,6 +105,10 @@ CASES = {
     ),
     "importance weighted": (latent_sde, waves, {"objective": sd.IWAE(2)}),
 }  # fmt: skip
+QUICK = {
+    "latent SDE, messages", "latent SDE, filter", "latent SDE, posterior drift", "latent SDE, simulation-free",
+    "latent ODE", "own times, batches", "hierarchy, amortised",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -128,13 +134,131 @@ def waits(monkeypatch):
     return fitted
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_a_step_does_not_wait(name, waits):
+    """And finds what a fit on the CPU finds, which looks at every number: the draws are the same."""
     make, data, options = CASES[name]
     torch.manual_seed(0)
+    model, guide = make()
+    there = copy.deepcopy((model, guide))
+    if isinstance(model, sd.LatentSDE | sd.LatentODE):
+        there = there[0], there[0].guide
     first = 3 if "batch_size" in options else LOOKED
-    fit, found = waits(*make(), data(), steps=first + 3, **options)
+    fit, found = waits(*there, data(), steps=first + 2, **options)
     assert fit.skipped == 0
-    assert len(fit.losses) == fit.step == len(found) == first + 3
+    assert len(fit.losses) == fit.step == len(found) == first + 2
     assert all(found[:LOOKED])  # the count sees what is there before
-    assert found[first:] == [[], [], []]
+    assert found[first:] == [[], []]
+    torch.manual_seed(0)
+    here = sd.fit(model, guide, data(), steps=first + 2, progress=False, **options)
+    torch.testing.assert_close(fit.losses, here.losses, rtol=1e-4, atol=0)
+
+
+class Normal(nn.Module):
+    """A mean to be learned; `trouble(call)` is multiplied on the log density."""
+
+    def __init__(self, trouble=lambda call, y: 1.0):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.0))
+        self.register_buffer("calls", torch.zeros(()))
+        self.trouble, self.call = trouble, 0
+
+    def forward(self, y):
+        self.call += 1
+        self.calls += 1
+        with pyro.poutine.scale(scale=self.trouble(self.call - 1, y)):
+            pyro.sample("y", dist.Normal(self.loc, torch.ones_like(self.loc)).expand(y.shape).to_event(1), obs=y)
+
+
+Y = torch.tensor([1.0, 2.0, 3.0])
+
+
+def no_guide(y):
+    pass
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda y: y.sum().item(),
+        lambda y: float(y.sum()),
+        lambda y: len(y.nonzero()),
+        lambda y: 1.0 if y.sum() > 0 else 0.0,
+        lambda y: y.tolist()[0],
+        lambda y: y.cpu().sum().numpy().item(),
+        lambda y: len(y[y > 0]),
+        lambda y: torch.tensor(1.0, device=y.device),
+        lambda y: torch.ones(3).to(y.device).sum(),
+        lambda y: y[torch.tensor([0])].sum(),
+        lambda y: torch.linalg.cholesky(y.diag()).sum(),
+        lambda y: len(y.unique()),
+        lambda y: y.repeat_interleave(torch.ones_like(y).long()).sum(),
+        lambda y: float(torch.allclose(y, y)),
+    ],
+)
+def test_a_model_that_looks_at_numbers_is_counted(look, waits):
+    """The control: each of these waits on a GPU."""
+    _, found = waits(Normal(lambda call, y: look(y)), no_guide, Y)
+    assert all(found[LOOKED:])
+
+
+def test_what_only_works_on_one_device_is_refused():
+    with pretended():
+        y = Y.to(FAR)
+        with pytest.raises(RuntimeError, match="two devices"):
+            y + Y
+        with pytest.raises(RuntimeError, match="generator is on the host"):
+            torch.randn(3, device=FAR, generator=torch.Generator())
+        assert (y + torch.tensor(1.0)).sum().item() == 9  # a single number goes along with the kernel
+
+
+def nan_at(*calls):
+    return lambda call, y: torch.full_like(y[0], float("nan") if call in calls else 1.0)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(waits):
+    """Parameters, buffers and Adam's state are those of a fit that never met it."""
+    model, other = Normal(nan_at(4, 5)), Normal()
+    fit, found = waits(model, no_guide, Y, steps=8, lr=sd.Constant(0.1))
+    clean, _ = waits(other, no_guide, Y, steps=6, lr=sd.Constant(0.1))
+    assert (fit.step, fit.skipped, len(fit.losses)) == (8, 2, 6)
+    assert found[3:8] == [[]] * 5
+    torch.testing.assert_close(fit.losses, clean.losses, rtol=1e-6, atol=0)
+    assert model.loc.near.item() == pytest.approx(other.loc.near.item(), rel=1e-6)
+    assert model.calls.near.item() == other.calls.near.item() == 6
+
+
+def test_ten_in_a_row_are_named_by_their_step_a_block_later(waits, monkeypatch):
+    monkeypatch.setattr(loop, "BLOCK", 7)
+    model = Normal(nan_at(*range(4, 100)))
+    with pytest.raises(sd.FitError, match="step 13: 10 steps in a row were not finite") as caught:
+        waits(model, no_guide, Y, steps=40)
+    fit = caught.value.fit
+    assert (fit.step, fit.skipped, len(fit.losses)) == (16, 10, 4)  # two steps looked at, then blocks of seven
+    assert torch.isfinite(model.loc.near)
+
+
+def test_losses_are_read_in_blocks(waits, monkeypatch):
+    monkeypatch.setattr(loop, "BLOCK", 4)
+    fit, found = waits(Normal(), no_guide, Y, steps=13)
+    reads = [k for k, waited in enumerate(found) if waited and k >= LOOKED]
+    assert reads == [5, 9]  # every fourth step, and once more at the end
+    assert [len(found[k]) for k in reads] == [1, 1]
+    assert len(fit.losses) == 13
+
+
+def test_clipping_is_that_of_a_cpu(waits):
+    def jumps(call, y):
+        return torch.full_like(y[0], 100.0 if call == 3 else 1.0)
+
+    fit, _ = waits(Normal(jumps), no_guide, Y, steps=8, lr=0.1, clip_norm=2.0)
+    here = sd.fit(Normal(jumps), no_guide, Y, steps=8, lr=0.1, clip_norm=2.0, progress=False)
+    torch.testing.assert_close(fit.losses, here.losses, rtol=1e-5, atol=0)
+
+
+def test_watching_may_wait_and_changes_nothing(waits):
+    fit, found = waits(Normal(), no_guide, Y, steps=21, validate=Y)
+    assert len(fit.validation) == 21
+    assert all(torch.isfinite(torch.tensor([elbo for _, elbo in fit.validation])))
+    plain, _ = waits(Normal(), no_guide, Y, steps=21)
+    assert fit.losses == plain.losses

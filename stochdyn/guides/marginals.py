@@ -74,6 +74,7 @@ class MarginalSite(nn.Module):
         self, state: int, tables: tuple[Tensor, Tensor] | None, sizes: tuple[int, int, int] | None
     ) -> None:
         super().__init__()
+        self._most = 0  # knots per series, in the data met so far
         self.state, self.sizes = state, sizes
         per_knot, per_gap = numbers(state)
         if tables is not None:
@@ -147,8 +148,9 @@ class MarginalSite(nn.Module):
             GuideError: without a `Series`, or (without an encoder) for data that it was not trained on.
         """
         batch = series_around(place, run.args)
-        most = None if encoder is not None else self.knot_numbers.shape[-2]
-        times, index, observed = knots_of(batch, prior, most)
+        times, index, observed = knots_of(batch, prior, self._most)
+        if readable(times):
+            self._most = max(self._most, times.shape[-1])
         if encoder is None:
             knot, gap = self._rows(batch, place, times.shape[-1])
         else:
@@ -238,7 +240,7 @@ def numbers(state: int) -> tuple[int, int]:
     return 2 * state + state * (state - 1) // 2, 2 * state + state * state
 
 
-def knots_of(batch: Series, prior: SDEPath, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def knots_of(batch: Series, prior: SDEPath, most: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Where the knots are: the path's first time, and the times at which something is observed.
 
     A series whose first observation is at its path's first time has one knot there, whatever the other series have:
@@ -247,7 +249,8 @@ def knots_of(batch: Series, prior: SDEPath, most: int | None = None) -> tuple[Te
     Args:
         batch: the series.
         prior: the path.
-        most: of knots per series, where it is known; where numbers may not be looked at there are that many.
+        most: knots of the series with most of them, 0 if that is not known: there are that many where numbers may not
+            be looked at.
 
     Returns:
         times (series, knot), padded by repeats of the last; the position of each in the batch's times; for every time
