@@ -75,7 +75,9 @@ def _waits(func, args, kwargs, inside, outside):
         return None
     if name in _ALWAYS or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         return name
-    if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index") and _masks(func, args):
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index") and _masks(
+        func, args
+    ):
         return "a mask as index"
     return None
 
@@ -134,9 +136,15 @@ def _refuse_or_copy(func, tensors, log):
 
 def _record(log, why):
     frame = sys._getframe(1)
-    while frame is not None and not any(part in frame.f_code.co_filename for part in ("/stochdyn/", "/test_")):
+    while frame is not None and not any(
+        part in frame.f_code.co_filename for part in ("/stochdyn/", "/test_")
+    ):
         frame = frame.f_back
-    where = "elsewhere" if frame is None else f"{frame.f_code.co_filename.split('/stochdyn/')[-1]}:{frame.f_lineno}"
+    where = (
+        "elsewhere"
+        if frame is None
+        else f"{frame.f_code.co_filename.split('/stochdyn/')[-1]}:{frame.f_lineno}"
+    )
     log.append(f"{why} at {where}")
 
 
@@ -173,7 +181,9 @@ class _Functions(TorchFunctionMode):
         like = func is torch.Tensor.new_tensor and isinstance(args[0], Far)
         device = kwargs.get("device")
         given = args[-1] if not kwargs.get("data") else kwargs["data"]
-        if isinstance(given, torch.Tensor) or not (like or (device is not None and torch.device(device).type == FAR)):
+        if isinstance(given, torch.Tensor) or not (
+            like or (device is not None and torch.device(device).type == FAR)
+        ):
             return func(*args, **kwargs)
         _record(self.log, "numbers copied to the device")
         rest = {k: v for k, v in kwargs.items() if k not in ("device", "requires_grad")}

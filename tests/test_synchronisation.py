@@ -50,7 +50,9 @@ class Levels(nn.Module):
         with batch.plate("series"):
             level = pyro.sample("level", dist.Normal(site[batch.groups["site"]], self.one).to_event(1))
             start = dist.Normal(level, self.one).to_event(1)
-            path = sd.SDEPath(lambda t, z: rate * (level - z), lambda t, z: self.sigma + 0 * z, start, grid.ts)
+            path = sd.SDEPath(
+                lambda t, z: rate * (level - z), lambda t, z: self.sigma + 0 * z, start, grid.ts
+            )
             z = pyro.sample("z", path)
             batch.observe("y", dist.Normal(grid.observed(z), 0.3 * self.one))
 
@@ -134,7 +136,9 @@ def waits(monkeypatch):
     return fitted
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_a_step_does_not_wait(name, waits):
     """And finds what a fit on the CPU finds, which looks at every number: the draws are the same."""
     make, data, options = CASES[name]
@@ -167,7 +171,9 @@ class Normal(nn.Module):
         self.call += 1
         self.calls += 1
         with pyro.poutine.scale(scale=self.trouble(self.call - 1, y)):
-            pyro.sample("y", dist.Normal(self.loc, torch.ones_like(self.loc)).expand(y.shape).to_event(1), obs=y)
+            pyro.sample(
+                "y", dist.Normal(self.loc, torch.ones_like(self.loc)).expand(y.shape).to_event(1), obs=y
+            )
 
 
 Y = torch.tensor([1.0, 2.0, 3.0])
@@ -234,7 +240,8 @@ def test_ten_in_a_row_are_named_by_their_step_a_block_later(waits, monkeypatch):
     with pytest.raises(sd.FitError, match="step 13: 10 steps in a row were not finite") as caught:
         waits(model, no_guide, Y, steps=40)
     fit = caught.value.fit
-    assert (fit.step, fit.skipped, len(fit.losses)) == (16, 10, 4)  # two steps looked at, then blocks of seven
+    # Two steps were looked at, then blocks of seven.
+    assert (fit.step, fit.skipped, len(fit.losses)) == (16, 10, 4)
     assert torch.isfinite(model.loc.near)
 
 
@@ -257,7 +264,7 @@ def test_clipping_is_that_of_a_cpu(waits):
 
 
 def test_watching_may_wait_and_changes_nothing(waits):
-    fit, found = waits(Normal(), no_guide, Y, steps=21, validate=Y)
+    fit, _ = waits(Normal(), no_guide, Y, steps=21, validate=Y)
     assert len(fit.validation) == 21
     assert all(torch.isfinite(torch.tensor([elbo for _, elbo in fit.validation])))
     plain, _ = waits(Normal(), no_guide, Y, steps=21)
