@@ -195,9 +195,9 @@ class _Functions(TorchFunctionMode):
 def pretended():
     """Inside, device `FAR` computes; yields the list of waits."""
     log = []
-    fused = _get_fused_kernels_supported_devices()
+    fused = [*_get_fused_kernels_supported_devices(), FAR]
     with (
-        mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: [*fused, FAR]),
+        mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", return_value=fused),
         mock.patch.object(parameters, "FUSED", {*parameters.FUSED, FAR}),
         _Functions(log),
         _Dispatch(log),

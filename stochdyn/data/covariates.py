@@ -51,8 +51,9 @@ class Given:
         before = take_times(last, (at - 1).clamp_min(0)).masked_fill(at[..., None] == 0, -1)
         if readable(before) and bool((before < 0).any()):
             i, k, c = (before < 0).nonzero()[0].tolist()
+            series = self.names()[i]
             raise DataError(
-                f"series {self.names()[i]}, covariate {c}: the grid needs a value at time {show_time(ts[i, k])}, before "
+                f"series {series}, covariate {c}: the grid needs a value at time {show_time(ts[i, k])}, before "
                 "the first was given. A later value must not act there: give one at the start, e.g. "
                 "series.with_covariates(given, before=0.0)."
             )
