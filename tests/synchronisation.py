@@ -100,6 +100,10 @@ def _compute(func, args, kwargs, log):
     tensors = []
     collect = lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else None  # noqa: E731
     _map(collect, (args, kwargs))
+    if any(x.device.type == FAR and not isinstance(x, Far) for x in tensors):
+        raise RuntimeError(
+            f"{func}: a list as an index is copied to the device. Index with a slice or a tensor."
+        )
     inside = any(isinstance(x, Far) for x in tensors)
     device = kwargs.get("device")
     outside = inside if device is None else torch.device(device).type == FAR

@@ -68,6 +68,27 @@ def latent_sde(**options):
     return model, model.guide
 
 
+def without_encoder(**options):
+    """Posteriors in tables."""
+    model = latent_sde()[0]
+    return model, sd.AmortizedGuide(model, **options)
+
+
+class Correlated(nn.Module):
+    """Noise with a constant matrix as its factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([[0.5, 0.0], [0.2, 0.4]]))
+
+    def forward(self, t, z):
+        return self.factor.expand(*z.shape[:-1], 2, 2)
+
+
+def matrix_noise():
+    return latent_sde(process=sd.NeuralSDE(2, 4, diffusion=sd.MatrixDiffusion(Correlated())))
+
+
 def latent_ode(**options):
     model = sd.LatentODE(2, 2, hidden=4, noise=0.5, solver=sd.RungeKutta4(1), **options)
     return model, model.guide
@@ -106,6 +127,15 @@ CASES = {
         {"objective": sd.ELBO(estimator=sd.AnalyticKL()), "kl_weight": sd.Linear(0.0, 1.0, 4)},
     ),
     "importance weighted": (latent_sde, waves, {"objective": sd.IWAE(2)}),
+    "particles": (latent_sde, waves, {"objective": sd.ELBO(particles=2)}),
+    "tables, filter, batches": (without_encoder, waves, {"batch_size": 2}),
+    "tables, free": (lambda: without_encoder(paths=sd.FreeMessage()), waves, {}),
+    "tables, simulation-free": (
+        lambda: without_encoder(paths=sd.Marginals()), waves, {"objective": sd.PathELBO()},
+    ),
+    "matrix noise": (matrix_noise, waves, {}),
+    "checkpointed": (lambda: latent_ode(gradient=sd.Checkpointed(2)), waves, {}),
+    "flow": (lambda: levels(latents=sd.Flow(transforms=1, hidden=(4,))), lambda: waves(groups=GROUPS), {}),
 }  # fmt: skip
 QUICK = {
     "latent SDE, messages", "latent SDE, filter", "latent SDE, posterior drift", "latent SDE, simulation-free",
@@ -145,8 +175,7 @@ def test_a_step_does_not_wait(name, waits):
     torch.manual_seed(0)
     model, guide = make()
     there = copy.deepcopy((model, guide))
-    if isinstance(model, sd.LatentSDE | sd.LatentODE):
-        there = there[0], there[0].guide
+    assert there[1].model is there[0]
     first = 3 if "batch_size" in options else LOOKED
     fit, found = waits(*there, data(), steps=first + 2, **options)
     assert fit.skipped == 0
@@ -215,6 +244,8 @@ def test_what_only_works_on_one_device_is_refused():
             y + Y
         with pytest.raises(RuntimeError, match="generator is on the host"):
             torch.randn(3, device=FAR, generator=torch.Generator())
+        with pytest.raises(RuntimeError, match="a list as an index"):
+            y[[0, 2]]
         assert (y + torch.tensor(1.0)).sum().item() == 9  # a single number goes along with the kernel
 
 
