@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.data import Series
+from stochdyn.device import readable
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.guides.control import ControlNet
@@ -141,7 +142,10 @@ class PathSite(nn.Module):
         if not place.fits(self.seen, 0) or ts.shape[-1] > self.grid.shape[-1]:
             return None
         known = self._own(place, signature) & (self._grid(ts, place) == ts.to(self.grid.device)).all(-1)
-        return place.take(self.around, 2)[..., : ts.shape[-1], :].clone() if bool(known.all()) else None
+        around = place.take(self.around, 2)[..., : ts.shape[-1], :].clone()
+        if not readable(known):
+            return torch.where(known[..., None, None], around, torch.nan)
+        return around if bool(known.all()) else None
 
     def _own(self, place: Place, signature: Tensor) -> Tensor:
         """Which members of this run have their own data, up to rounding."""
@@ -189,16 +193,19 @@ class PathSite(nn.Module):
 
     def follow(self, z: Tensor, ts: Tensor, place: Place, rate: float) -> None:
         """Move the running estimate towards sampled paths (*particles, *batch, time, state)."""
-        if self._trouble(ts, place) or not bool((self._grid(ts, place) == ts.to(self.grid.device)).all()):
+        if self._trouble(ts, place):
             return
         stored = place.take(self.around, 2)
         z = z.detach()
         z = z.reshape(-1, *z.shape[z.dim() - stored.dim() :]).mean(0)
-        if torch.isfinite(z).all():
-            points = z.shape[-2]
-            moved = stored.clone()
-            moved[..., :points, :] += rate * (z - stored[..., :points, :])
-            place.put(self.around, moved, 2)
+        fits = (self._grid(ts, place) == ts.to(self.grid.device)).all() & torch.isfinite(z).all()
+        if readable(fits) and not fits:
+            return
+        points = z.shape[-2]
+        moved = stored.clone()
+        step = torch.where(fits, rate * (z - stored[..., :points, :]), torch.zeros_like(z))
+        moved[..., :points, :] += step
+        place.put(self.around, moved, 2)
 
     def table_numbers(
         self, ts: Tensor, place: Place, signature: Tensor, learning: bool
@@ -212,7 +219,7 @@ class PathSite(nn.Module):
             raise GuideError(
                 f"path site '{place.name}': this guide was trained with an encoder, and has none now."
             )
-        if not bool(self.seen.any()):
+        if readable(self.seen) and not bool(self.seen.any()):
             start = self.numbers[(0,) * (self.plates + 1)].expand(ts.shape[-1], -1)
             return start, torch.ones(ts.shape[-1], dtype=torch.bool, device=start.device)
         if not learning:
@@ -220,7 +227,8 @@ class PathSite(nn.Module):
         table, stored = place.take(self.numbers, 2), place.take(self.grid, 1)
         points = ts.shape[-1]
         ts = ts.to(stored.device).expand(*stored.shape[:-1], -1)
-        if points <= stored.shape[-1] and bool((stored[..., :points] == ts).all()):
+        known = readable(stored) and points <= stored.shape[-1]
+        if known and bool((stored[..., :points] == ts).all()):
             return table[..., :points, :], torch.ones(ts.shape, dtype=torch.bool, device=ts.device)
         at = torch.searchsorted(stored.contiguous(), ts.contiguous()).clamp(max=stored.shape[-1] - 1)
         picked = table.gather(-2, at[..., None].expand(*at.shape, table.shape[-1]))
