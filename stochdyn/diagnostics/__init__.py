@@ -11,6 +11,7 @@ from stochdyn.diagnostics.fixed_points import FixedPoint, FixedPoints, fixed_poi
 from stochdyn.diagnostics.function_plot import plot_function
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
+from stochdyn.diagnostics.rescaling import TimeRescaling, plot_time_rescaling, time_rescaling
 from stochdyn.diagnostics.tree import Variable, build_tree
 from stochdyn.diagnostics.two_sample import TwoSample, c2st
 
@@ -28,6 +29,7 @@ __all__ = [
     "PosteriorFields",
     "Summary",
     "SummaryRow",
+    "TimeRescaling",
     "TwoSample",
     "Variable",
     "build_tree",
@@ -41,12 +43,14 @@ __all__ = [
     "plot_function",
     "plot_losses",
     "plot_phase",
+    "plot_time_rescaling",
     "posterior_fields",
     "psis_weights",
     "read_field",
     "sbc",
     "summarise",
     "tarp",
+    "time_rescaling",
     "to_arviz",
     "to_inference_data",
 ]

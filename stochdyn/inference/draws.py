@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from stochdyn.data import Series
+from stochdyn.data import AbstractPopulation, Series
 from stochdyn.errors import FitError, GuideError, StochdynError
 from stochdyn.inference import scopes
 from stochdyn.inference.batches import arguments
@@ -144,7 +144,9 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
 
 def _check_broadcasts(guide: Callable[..., Any], model: Callable[..., Any], data: Any, nesting: int) -> None:
     """Try a number of draws that no plate has: a parameter on the wrong dimension would pass where they agree."""
-    count = next(n for n in (3, 5, 7, 11) if n not in {len(data) if isinstance(data, Series) else 0})
+    count = next(
+        n for n in (3, 5, 7, 11) if n not in {len(data) if isinstance(data, AbstractPopulation) else 0}
+    )
     with poutine.block(), torch.random.fork_rng(devices=[]), pyro.plate("_draws", count, dim=-nesting - 1):
         try:
             trace = poutine.trace(guide).get_trace(*arguments(data))
