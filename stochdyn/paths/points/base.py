@@ -301,6 +301,16 @@ def window(t0: Any, t1: Any) -> tuple[Tensor, Tensor]:
     return start, end
 
 
+def number(value: Any) -> Tensor:
+    """A number as a tensor that keeps its digits; without dimensions it does not raise the dtype of others.
+
+    Example:
+        >>> number(0.5), number(torch.tensor([1.0]))
+        (tensor(0.5000, dtype=torch.float64), tensor([1.]))
+    """
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+
+
 def parameter(name: str, value: Any, *, positive: bool, owner: str, validate: bool) -> Tensor:
     """A parameter as a tensor, not negative, or positive.
 
@@ -309,9 +319,9 @@ def parameter(name: str, value: Any, *, positive: bool, owner: str, validate: bo
 
     Example:
         >>> parameter("beta", 1.5, positive=True, owner="Hawkes", validate=True)
-        tensor(1.5000)
+        tensor(1.5000, dtype=torch.float64)
     """
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.get_default_dtype())
+    tensor = number(value)
     good = torch.isfinite(tensor) & ((tensor > 0) if positive else (tensor >= 0))
     if validate and not bool(good.all()):
         first = (~good).nonzero()[0].tolist()

@@ -37,7 +37,7 @@ class SelfCorrecting(AbstractPointProcess):
     Example:
         >>> import stochdyn as sd
         >>> sd.SelfCorrecting(1.0, 0.4, 0.0, 1.0).log_prob(torch.tensor([[0.5]]).double())
-        tensor(-0.8626, dtype=torch.float64)
+        tensor(-0.8657, dtype=torch.float64)
     """
 
     def __init__(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn.errors import FieldError, ShapeError
+from stochdyn.errors import FieldError
 from stochdyn.paths.points.base import AbstractPointProcess, State, joint, window
 from stochdyn.paths.points.marks import Law, draw_marks, mark_dim, mark_log_prob
 from stochdyn.paths.points.occurrences import Occurrences
@@ -17,6 +17,7 @@ from stochdyn.paths.points.simulate import AbstractSampler, Thinning
 
 # Numbers that one vectorised call of an intensity may hold.
 _MEMORY = 4_000_000
+_ROOM = 4
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class PointProcess(AbstractPointProcess):
             to the next jump.
         max_jumps: rows of samples; None pads to the longest of a draw.
         sampler: by default `Thinning()` where a bound is given, else `Inversion()`.
+        tolerance: of the integral over a gap found by quadrature, absolute and relative.
 
     Shapes:
         batch_shape: broadcast of what the intensity returns, of window, context and marks; event_shape (max_jumps,
@@ -142,6 +144,7 @@ class PointProcess(AbstractPointProcess):
         bound: float | Tensor | Callable[..., Tensor] | None = None,
         max_jumps: int | None = None,
         sampler: AbstractSampler | None = None,
+        tolerance: float = 1e-9,
         validate_args: bool | None = None,
     ) -> None:
         if not callable(intensity):
@@ -150,6 +153,7 @@ class PointProcess(AbstractPointProcess):
                 f"{type(intensity).__name__}. A constant one is sd.PoissonProcess."
             )
         self.field, self.context, self.bound = intensity, context, bound
+        self.tolerance = tolerance
         self.mark_field = None if marks is None or hasattr(marks, "log_prob") else marks
         ends = window(t0, t1)
         own = () if context is None else context.shape[:-1]
@@ -165,24 +169,22 @@ class PointProcess(AbstractPointProcess):
         )
 
     def _probe(self, batch: torch.Size, t0: Tensor) -> tuple[torch.Size, Law | None]:
-        t = t0.expand(batch)[None]
-        none = History(t, torch.zeros_like(t).long(), t[0], t[:0], t.new_zeros(0, *batch, 0))
+        # Room on the left for the batch of what the fields close over.
+        t = t0.expand(batch).reshape(1, *[1] * _ROOM, *batch)
+        none = History(t, torch.zeros_like(t).long(), t[0], t[:0], t.new_zeros(0, *t.shape[1:], 0))
         try:
             out = self._call(self.field, none)
-            shape = torch.broadcast_shapes(out.shape, t.shape)
+            shape = torch.broadcast_shapes(out.shape, t.shape)[1:]
             law = None if self.mark_field is None else self._call(self.mark_field, none)
+            shape = shape if law is None else torch.broadcast_shapes((1, *shape), law.batch_shape)[1:]
         except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             raise FieldError(
                 f"The intensity or the marks failed on t of shape {tuple(t.shape)}: {error}. They are called as (t, "
-                "history[, context]) with t of shape (row, *batch); for parameters of batch shape give t0 or t1 that "
-                "batch shape too, e.g. batch.t0."
+                "history[, context]) with t of shape (row, *batch); a parameter of batch shape broadcasts as it is."
             ) from error
-        if shape[0] != 1:
-            raise ShapeError(
-                f"The intensity returned shape {tuple(out.shape)} for t of shape {tuple(t.shape)}: parameters of batch "
-                "shape need a window of batch shape, t0=batch.t0 or torch.zeros(batch_shape)."
-            )
-        return shape[1:], law
+        while len(shape) > len(batch) and shape[0] == 1:
+            shape = shape[1:]
+        return shape, law
 
     def _call(self, field: Callable[..., Any], history: History) -> Any:
         if self.context is None:

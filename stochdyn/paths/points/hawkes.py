@@ -90,7 +90,7 @@ class Hawkes(AbstractPointProcess):
         Example:
             >>> import stochdyn as sd
             >>> sd.Hawkes(0.5, 0.8, 1.6, 0.0, 4.0).branching
-            tensor(0.5000)
+            tensor(0.5000, dtype=torch.float64)
         """
         return (self.alpha / self.beta).expand(self.batch_shape)
 

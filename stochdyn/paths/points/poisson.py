@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import FieldError, ShapeError
-from stochdyn.paths.points.base import AbstractPointProcess, Rows, State, joint, parameter, window
+from stochdyn.paths.points.base import AbstractPointProcess, Rows, State, joint, number, parameter, window
 from stochdyn.paths.points.marks import Law
 from stochdyn.paths.points.occurrences import Occurrences
 from stochdyn.paths.points.quadrature import integrate
@@ -30,6 +30,7 @@ class PoissonProcess(AbstractPointProcess):
         marks: the law of the marks, of event shape () or (mark,).
         max_jumps: rows of samples; None pads to the longest of a draw.
         sampler: by default `Thinning()` where a bound is known, else `Inversion()`.
+        tolerance: of the integral over a gap found by quadrature, absolute and relative.
 
     Shapes:
         batch_shape: broadcast of intensity, slope, window, context, marks; event_shape (max_jumps, 1 + mark).
@@ -61,10 +62,11 @@ class PoissonProcess(AbstractPointProcess):
         marks: Law | None = None,
         max_jumps: int | None = None,
         sampler: AbstractSampler | None = None,
+        tolerance: float = 1e-9,
         validate_args: bool | None = None,
     ) -> None:
         check = bool(self._validate_args if validate_args is None else validate_args)
-        self.context, self.slope = context, None if slope is None else torch.as_tensor(slope)
+        self.context, self.slope = context, None if slope is None else number(slope)
         if callable(intensity):
             if slope is not None:
                 raise FieldError(
@@ -76,8 +78,8 @@ class PoissonProcess(AbstractPointProcess):
                 "intensity", intensity, positive=True, owner="PoissonProcess", validate=check
             )
             batch = joint("PoissonProcess", intensity.shape, () if self.slope is None else self.slope.shape)
-        self.rate = intensity
-        self.bound = None if bound is None else torch.as_tensor(bound)
+        self.rate, self.tolerance = intensity, tolerance
+        self.bound = None if bound is None else number(bound)
         if sampler is None and (self.bound is not None or not callable(intensity)):
             sampler = Thinning()
         super().__init__(
@@ -154,5 +156,5 @@ def _probe(
         return torch.broadcast_shapes(out.shape, t.shape)
     except RuntimeError as error:
         raise ShapeError(
-            f"The intensity returned shape {tuple(out.shape)} for t of shape {tuple(t.shape)}. Return a number per time."
+            f"The intensity returned shape {tuple(out.shape)} for t of shape {tuple(t.shape)}. One number per time."
         ) from error

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import FieldError
+from stochdyn.paths.points.support import member
 
 # Kronrod's 15 nodes on [0, 1] of [-1, 1], their weights, and Gauss's 7 (0 where a node is not Gauss's).
 _NODES = (
@@ -85,18 +86,20 @@ def _adaptive(f: Integrand, rows: Tensor, a: Tensor, b: Tensor, tolerance: float
         allowed = tolerance * (fine.detach().abs() + 1) * 0.5**depth
         # Rounding bounds what halving can gain.
         floor = 50 * torch.finfo(fine.dtype).eps * fine.detach().abs()
-        bad = (error > torch.maximum(allowed, floor)).reshape(len(error), -1).any(1)
-        total = total.to(fine).index_add(0, where[~bad], fine[~bad])
-        if not bool(bad.any()):
+        bad = error > torch.maximum(allowed, floor)
+        again = bad.reshape(len(error), -1).any(1)
+        total = total.to(fine).index_add(0, where[~again], fine[~again])
+        if not bool(again.any()):
             return total
-        rows, where, a, b = rows[bad], where[bad], a[bad], b[bad]
+        rows, where, a, b, bad = rows[again], where[again], a[again], b[again], bad[again]
         middle = 0.5 * (a + b)
         rows, where = rows.repeat(2), where.repeat(2)
         a, b = torch.cat([a, middle]), torch.cat([middle, b])
-    k = int(first[where[0]])
+    worst = bad.nonzero()[0].tolist()
     raise FieldError(
-        f"The compensator of the gap before jump {k} is not known to {tolerance:g} after {_DEPTH} halvings, near time "
-        f"{float(a.flatten()[0]):.6g}. An intensity with a pole or steps inside a gap: smooth it, or raise `tolerance`."
+        f"{member(worst[1:])}: the compensator over the gap before jump {int(first[where[0]])} is not known to "
+        f"{tolerance:g} after {_DEPTH} halvings, near time {float(a[(0, *worst[1:])]):.6g}. The intensity has a "
+        "pole or a step there: smooth it, or raise `tolerance`."
     )
 
 
@@ -114,8 +117,9 @@ def _panel(f: Integrand, rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Te
     good = torch.isfinite(values) & (values >= 0)
     if not bool(good.all()):
         bad = (~good).nonzero()[0].tolist()
+        time = float(ts.reshape(values.shape)[tuple(bad)])
         raise FieldError(
-            f"The intensity is {float(values[tuple(bad)])} at time {float(ts.reshape(values.shape)[tuple(bad)]):.6g}. "
+            f"{member(bad[2:])}: the intensity is {float(values[tuple(bad)]):.6g} at time {time:.6g}. "
             "It must be finite and not negative everywhere in the window."
         )
     fine = torch.tensordot(kronrod.to(values), values, 1) * reach
