@@ -131,3 +131,21 @@ def test_simulated_data_sets_have_the_intensities_that_are_said(name):
     assert not sd.time_rescaling(FAMILIES[name](), jumps).rejects()
     for other, make in FAMILIES.items():
         assert other == name or sd.time_rescaling(make(), jumps).rejects()
+
+
+def test_draws_of_a_fit_go_to_arviz():
+    jumps = sequences(5, 10.0)
+
+    def model(batch):
+        mu = pyro.sample("mu", dist.LogNormal(-1.0, 1.0))
+        with batch.plate("series"):
+            batch.observe("jumps", sd.Hawkes(mu, 0.8, 1.6, batch.t0, batch.t1, max_jumps=90))
+
+    fit = sd.fit(model, sd.AmortizedGuide(model), jumps, steps=3, progress=False)
+    assert sd.predict(fit, jumps, draws=7).observations.shape == (7, 5, 90, 1)
+    idata = sd.to_arviz(fit, jumps, draws=7)
+    observed = idata["observed_data"]["jumps"]
+    assert observed.dims == ("series", "time", "channel")
+    assert int(observed.notnull().sum()) == int(jumps.counts.sum())
+    assert idata["posterior_predictive"]["jumps"].shape == (1, 7, 5, 90, 1)
+    assert idata["log_likelihood"]["jumps"].dims == ("chain", "draw", "series")

@@ -150,6 +150,11 @@ class Jumps(AbstractPopulation):
         return self.values[..., 0]
 
     @property
+    def channels(self) -> tuple[str, ...]:
+        """What the columns of `values` are."""
+        return ("time", *self.marks)
+
+    @property
     def mask(self) -> Tensor:
         """(series, max_jumps) True where there is a jump."""
         return ~unused(self.times)

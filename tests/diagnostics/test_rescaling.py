@@ -72,3 +72,13 @@ def test_too_few_jumps_and_the_plot(drawn):
     wrong = sd.plot_time_rescaling(sd.time_rescaling(sd.PoissonProcess(1.0, 0.0, 100.0), drawn))
     assert np.abs(curve).max() < 0.03 < np.abs(wrong.lines[-1].get_ydata()).max()
     plt.close("all")
+
+
+def test_jumps_that_are_given_do_not_count():
+    # The clock starts at the first jump and stops at the tenth. Control: counted, the zeros are seen.
+    torch.manual_seed(0)
+    times = torch.cumsum(torch.empty(300, 9, dtype=torch.float64).exponential_(), 1)
+    times = torch.cat([torch.zeros(300, 1), times], 1)
+    process = sd.PoissonProcess(1.0, torch.zeros(300), times[:, -1])
+    assert not sd.time_rescaling(process, times[..., None], given=1).rejects()
+    assert sd.time_rescaling(process, times[..., None]).rejects()

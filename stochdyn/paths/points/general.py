@@ -157,25 +157,23 @@ class PointProcess(AbstractPointProcess):
         self.mark_field = None if marks is None or hasattr(marks, "log_prob") else marks
         ends = window(t0, t1)
         own = () if context is None else context.shape[:-1]
-        batch, self._first_law = self._probe(
-            joint("PointProcess", ends[0].shape, ends[1].shape, own), ends[0]
-        )
         fixed = marks if self.mark_field is None else None
+        wide = joint("PointProcess", ends[0].shape, ends[1].shape, own)
+        batch, self._first_law = self._probe(wide, ends[0], fixed)
         sampler = sampler or (Thinning() if bound is not None else None)
-        if fixed is not None:
-            self._first_law = fixed
         super().__init__(
             batch, t0, t1, marks=fixed, max_jumps=max_jumps, sampler=sampler, validate_args=validate_args
         )
 
-    def _probe(self, batch: torch.Size, t0: Tensor) -> tuple[torch.Size, Law | None]:
-        # Room on the left for the batch of what the fields close over.
+    def _probe(self, batch: torch.Size, t0: Tensor, marks: Law | None) -> tuple[torch.Size, Law | None]:
+        # Room on the left for the batch of what the fields close over; a jump that nobody knows, so that kernels run.
         t = t0.expand(batch).reshape(1, *[1] * _ROOM, *batch)
         none = History(t, torch.zeros_like(t).long(), t[0], t[:0], t.new_zeros(0, *t.shape[1:], 0))
         try:
-            out = self._call(self.field, none)
-            shape = torch.broadcast_shapes(out.shape, t.shape)[1:]
-            law = None if self.mark_field is None else self._call(self.mark_field, none)
+            first = marks if self.mark_field is None else self._call(self.mark_field, none)
+            none = replace(none, times=t, marks=t.new_zeros(*t.shape, mark_dim(first)))
+            shape = torch.broadcast_shapes(self._call(self.field, none).shape, t.shape)[1:]
+            law = marks if self.mark_field is None else self._call(self.mark_field, none)
             shape = shape if law is None else torch.broadcast_shapes((1, *shape), law.batch_shape)[1:]
         except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             raise FieldError(

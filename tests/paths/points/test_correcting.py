@@ -35,7 +35,7 @@ def test_the_general_process_agrees():
     )
 
 
-@pytest.mark.parametrize("sampler", [sd.Thinning(), sd.Inversion()])
+@pytest.mark.parametrize("sampler", [sd.Thinning(), pytest.param(sd.Inversion(), marks=pytest.mark.slow)])
 def test_draws_pass_time_rescaling_and_are_regular(sampler):
     torch.manual_seed(1)
     process = sd.SelfCorrecting(0.5, 0.2, 0.0, 50.0, sampler=sampler)

@@ -68,6 +68,8 @@ def test_parameters_of_batch_shape_and_ragged_rows():
     def intensity(t, history):
         return theta + history.sum(lambda lag: 0.4 * torch.exp(-theta * lag))
 
+    hidden = sd.PointProcess(lambda t, h: 1 + h.sum(lambda lag: theta * torch.exp(-lag)), 0.0, END)
+    assert hidden.batch_shape == (3,)
     torch.manual_seed(0)
     process = sd.PointProcess(intensity, 0.0, END, bound=intensity)
     drawn = process.sample((4,))
@@ -102,6 +104,7 @@ def test_what_history_knows():
     assert torch.allclose(history.sum(lambda lag: lag), torch.tensor([0.0, 0.1, 1.1], dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_renewal_by_the_time_since_the_last_jump():
     # Gaps of a Weibull law with shape 2 and scale 1: hazard 2 s.
     torch.manual_seed(0)

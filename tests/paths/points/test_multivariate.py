@@ -59,7 +59,7 @@ def test_intensities_add_up_and_are_those_before_the_jump():
     assert torch.allclose(each[2], MU + ALPHA[:, 0] * (-0.1 * BETA[:, 0]).exp(), atol=1e-12)
 
 
-@pytest.mark.parametrize("sampler", [sd.Thinning(), sd.Inversion()])
+@pytest.mark.parametrize("sampler", [sd.Thinning(), pytest.param(sd.Inversion(), marks=pytest.mark.slow)])
 def test_draws_have_the_long_run_rates_of_each_kind(sampler):
     torch.manual_seed(0)
     process = sd.MultivariateHawkes(MU, ALPHA, BETA, 0.0, 40.0, sampler=sampler)

@@ -65,6 +65,7 @@ def test_thinning_needs_a_bound():
         sd.PoissonProcess(torch.exp, 0.0, 1.0, sampler=sd.Thinning()).sample()
 
 
+@pytest.mark.slow
 def test_inversion_looks_no_further_than_it_needs_to():
     # A pulse far ahead of a nearly silent start, and one that has passed.
     torch.manual_seed(0)
