@@ -68,6 +68,7 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
         marks: the law of the marks where it is not of the subclass's making.
         max_jumps: rows of samples; None pads to the longest of a draw. Densities take any number of rows.
         sampler: `Thinning()` or `Inversion()`.
+        device: of the parameters, to which the window goes; None leaves it where it is.
 
     Example:
         >>> import stochdyn as sd
@@ -88,9 +89,10 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
         marks: Law | None = None,
         max_jumps: int | None = None,
         sampler: AbstractSampler | None = None,
+        device: torch.device | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.t0, self.t1 = window(t0, t1)
+        self.t0, self.t1 = (t if device is None else t.to(device) for t in window(t0, t1))
         self.marks, self.max_jumps, self.sampler = marks, max_jumps, sampler
         own = () if marks is None else marks.batch_shape
         batch = joint(type(self).__name__, batch_shape, self.t0.shape, self.t1.shape, own)

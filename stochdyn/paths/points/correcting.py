@@ -57,7 +57,14 @@ class SelfCorrecting(AbstractPointProcess):
         self.alpha = parameter("alpha", alpha, positive=False, owner="SelfCorrecting", validate=check)
         batch = joint("SelfCorrecting", self.mu.shape, self.alpha.shape)
         super().__init__(
-            batch, t0, t1, marks=marks, max_jumps=max_jumps, sampler=sampler, validate_args=validate_args
+            batch,
+            t0,
+            t1,
+            marks=marks,
+            max_jumps=max_jumps,
+            sampler=sampler,
+            device=self.mu.device,
+            validate_args=validate_args,
         )
 
     def _states(self, jumps: Occurrences) -> State:

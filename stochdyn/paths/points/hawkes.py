@@ -80,6 +80,7 @@ class Hawkes(AbstractPointProcess):
             marks=marks,
             max_jumps=max_jumps,
             sampler=sampler or Thinning(),
+            device=self.beta.device,
             validate_args=validate_args,
         )
 

@@ -84,6 +84,7 @@ class MultivariateHawkes(AbstractPointProcess):
             t1,
             max_jumps=max_jumps,
             sampler=sampler or Thinning(),
+            device=self.beta.device,
             validate_args=validate_args,
         )
 

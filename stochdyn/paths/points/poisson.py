@@ -83,7 +83,14 @@ class PoissonProcess(AbstractPointProcess):
         if sampler is None and (self.bound is not None or not callable(intensity)):
             sampler = Thinning()
         super().__init__(
-            batch, t0, t1, marks=marks, max_jumps=max_jumps, sampler=sampler, validate_args=validate_args
+            batch,
+            t0,
+            t1,
+            marks=marks,
+            max_jumps=max_jumps,
+            sampler=sampler,
+            device=None if callable(self.rate) else self.rate.device,
+            validate_args=validate_args,
         )
 
     def _states(self, jumps: Occurrences) -> State:

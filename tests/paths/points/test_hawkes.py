@@ -85,6 +85,15 @@ def test_mean_number_of_jumps(sampler):
     assert not within(counts, expected * 1.05)
 
 
+def test_mean_and_variance_of_the_rate():
+    torch.manual_seed(0)
+    rates = mean_count(sd.Hawkes(0.5, 0.5, 2.0, 0.0, 200.0).sample((800,))) / 200
+    start = (2 / 3 - 0.5) / 1.5 / 200  # nothing is known of jumps before 0
+    assert within(rates, 2 / 3 - start)
+    assert within((rates - rates.mean()) ** 2, 0.005917283950617282)
+    assert not within((rates - rates.mean()) ** 2, 2 / 3 / 200)  # Poisson's
+
+
 def test_explosive_parameters_are_refused_unless_asked_for():
     with pytest.raises(
         sd.StabilityError, match=r"Hawkes, batch member 1: .* alpha / beta is 1\.25.*explosive=True"
