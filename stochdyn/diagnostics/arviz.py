@@ -112,7 +112,7 @@ def to_arviz(
         "sample_stats": {"lp": _total(found, "p"), "log_q": _total(found, "q")},
     }
     for name, site in found.replicable.items():
-        dims = _dims(name, site.plates, tuple(site.event_shape), data)
+        dims = _dims(name, site.plates, tuple(site.value.shape[1 + len(site.plates) :]), data)
         again = replicates[name]
         other = again.shape[1:] != site.value.shape[1:]  # jumps: another number of rows
         drawn = (*dims[:-2], f"{name}_jump", dims[-1]) if other else dims
