@@ -22,6 +22,7 @@ HIERARCHY = ROOT / "examples" / "hierarchy.py"
 KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
 CENSORED = ROOT / "examples" / "censored.py"
 TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
+EARTHQUAKES = ROOT / "examples" / "earthquakes.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -115,6 +116,17 @@ def test_tipping_points(tmp_path, smoke):
     assert "truth: stable node at -0.38, unstable node at 0.69, stable node at 1.99" in printed
     assert re.search(r"^probability of alternative stable states: [01]\.\d\d$", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "tipping_points.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not EARTHQUAKES.exists(), reason="an installed package has no examples")
+def test_earthquakes(tmp_path, monkeypatch):
+    monkeypatch.delenv("STOCHDYN_DATA", raising=False)
+    done = python("-W", "error", str(EARTHQUAKES), "--smoke", cwd=tmp_path)
+    assert "simulated data" in done.stdout
+    for name in ("base", "decay", "smallest", "growth"):
+        assert re.search(rf"^{name} +\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]$", done.stdout, re.MULTILINE), name
+    assert re.search(r"^Poisson +\d+ rescaled gaps: KS 0\.\d+", done.stdout, re.MULTILINE)
+    assert (tmp_path / "examples" / "output" / "earthquakes.png").stat().st_size > 10_000
 
 
 STATE = """

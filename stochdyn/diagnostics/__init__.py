@@ -12,6 +12,7 @@ from stochdyn.diagnostics.function_plot import plot_function
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
 from stochdyn.diagnostics.jumps import JumpReading, plot_jumps, read_jumps
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
+from stochdyn.diagnostics.rescaling import TimeRescaling, plot_time_rescaling, time_rescaling
 from stochdyn.diagnostics.tree import Variable, build_tree
 from stochdyn.diagnostics.two_sample import TwoSample, c2st
 
@@ -30,6 +31,7 @@ __all__ = [
     "PosteriorFields",
     "Summary",
     "SummaryRow",
+    "TimeRescaling",
     "TwoSample",
     "Variable",
     "build_tree",
@@ -44,6 +46,7 @@ __all__ = [
     "plot_jumps",
     "plot_losses",
     "plot_phase",
+    "plot_time_rescaling",
     "posterior_fields",
     "psis_weights",
     "read_field",
@@ -51,6 +54,7 @@ __all__ = [
     "sbc",
     "summarise",
     "tarp",
+    "time_rescaling",
     "to_arviz",
     "to_inference_data",
 ]
