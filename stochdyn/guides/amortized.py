@@ -313,6 +313,8 @@ class AmortizedGuide(nn.Module):
                 raise PathReached(name, prior, place)
             potential, around = run.potentials[name]
             base = information_filter(prior, potential, around)
+            if not self.family.learned:
+                return prior.guided(base, score_message=base, loop=self.loop)
         elif self.encoder is not None:
             around = site.centre
         else:
