@@ -287,7 +287,9 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=("test", "val"), default="test", help="what to predict")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches; the split is always the same")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and batches; the split is always the same"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="few stays and steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -298,7 +300,9 @@ def main() -> None:
     chosen = options()
     folder = os.environ.get("STOCHDYN_DATA")
     if not folder:
-        print("STOCHDYN_DATA is not set: it names the folder of physionet2012_train.npz. Nothing was measured.")
+        print(
+            "STOCHDYN_DATA is not set: it names the folder of physionet2012_train.npz. Nothing was measured."
+        )
         return
     torch.set_num_threads(chosen.threads)
     parts, choice = split(read(Path(folder) / "physionet2012_train.npz")), Choice()

@@ -7,6 +7,7 @@ from physionet_data import Stays
 from torch import Tensor, nn
 
 STAYS = 400  # that the hyperparameters of a Gaussian process are fitted to, at most
+ITERATIONS = 60  # of LBFGS
 
 
 def errors(predicted: Tensor, stays: Stays) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ class Process(nn.Module):
         return (0.5 * white.square().sum() + chol.diagonal(dim1=-2, dim2=-1).log().sum()) / there.sum()
 
     def fit(self, times: Tensor, y: Tensor, there: Tensor) -> "Process":
-        optimiser = torch.optim.LBFGS(self.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS(self.parameters(), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimiser.zero_grad()
@@ -113,7 +114,9 @@ class Process(nn.Module):
 def packed(stays: Stays, channel: int) -> tuple[Tensor, Tensor, Tensor]:
     """(stay, n) times, values and where they are, of the shown observations of a channel."""
     mask = stays.shown.mask[..., channel]
-    order = mask.double().sort(dim=1, descending=True, stable=True).indices[:, : max(int(mask.sum(1).max()), 1)]
+    order = (
+        mask.double().sort(dim=1, descending=True, stable=True).indices[:, : max(int(mask.sum(1).max()), 1)]
+    )
     picked = (stays.shown.times, stays.shown.values[..., channel].double(), mask)
     times, y, there = (x.gather(1, order) for x in picked)
     return times, y, there
