@@ -275,11 +275,10 @@ def report(predicted: dict[str, Tensor], test: Stays) -> None:
         if count[c] > 0:
             row = "".join(f"{1e3 * float(sums[name][c] / count[c]):18.3f}" for name in names)
             print(f"{test.shown.channels[c]:14s}{int(count[c]):8d}{row}")
-    gain = predicted["latent_sde"], predicted["gaussian_process"]
+    sde, gp = predicted["latent_sde"], predicted["gaussian_process"]
     less = float((sums["latent_sde"] - sums["gaussian_process"]).sum() / count.sum())
-    print(
-        f"\nlatent SDE less Gaussian process, paired: {1e3 * less:.3f} +- {1e3 * standard_error(gain[0], test, gain[1]):.3f}"
-    )
+    error = standard_error(sde, test, gp)
+    print(f"\nlatent SDE less Gaussian process, paired: {1e3 * less:.3f} +- {1e3 * error:.3f}")
 
 
 def options() -> argparse.Namespace:

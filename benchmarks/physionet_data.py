@@ -1,4 +1,4 @@
-"""PhysioNet 2012 as `Series`: scaled channels, static covariates, observation times held out, and the plain baselines."""
+"""PhysioNet 2012 as `Series`: scaled channels, static covariates, and half of the times held out."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

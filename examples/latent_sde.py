@@ -46,8 +46,8 @@ def simulate(buoys: int, hours: int) -> tuple[sd.Series, torch.Tensor]:
 
 
 # %% [markdown]
-# The model: `LatentSDE` with one state, which is the signal itself (an identity decoder), so that what it learns has the
-# units of the data. The measurement error is learned too.
+# The model: `LatentSDE` with one state, which is the signal itself (an identity decoder), so that what it learns has
+# the units of the data. The measurement error is learned too.
 
 
 # %%

@@ -16,6 +16,7 @@ HIERARCHY = ROOT / "examples" / "hierarchy.py"
 KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
 CENSORED = ROOT / "examples" / "censored.py"
 TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
+LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -90,6 +91,18 @@ def test_tipping_points(tmp_path):
     assert "truth: stable node at -0.38, unstable node at 0.69, stable node at 1.99" in done.stdout
     assert re.search(r"^probability of alternative stable states: [01]\.\d\d$", done.stdout, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "tipping_points.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not LATENT_SDE.exists(), reason="an installed package has no examples")
+def test_latent_sde(tmp_path):
+    done = python("-W", "ignore", str(LATENT_SDE), "--smoke", cwd=tmp_path)
+    found = re.findall(
+        r"^(.*): the 90 % interval holds the truth at \d+%, width \d\.\d\d$", done.stdout, re.MULTILINE
+    )
+    assert found == [
+        f"{place}, {kind}" for place in ("in the holes", "ahead") for kind in ("calm", "restless")
+    ]
+    assert (tmp_path / "examples" / "output" / "latent_sde.png").stat().st_size > 10_000
 
 
 STATE = """
