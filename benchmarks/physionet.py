@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 import stochdyn as sd
 
+EXTRA = {"circulation": 2}  # states more than channels: what disturbs all channels of an instrument at once
+FAST = 30.0  # the rate of these states, per day
 FLOOR = 0.003  # of the noise, in scaled units: values are rounded
 SYSTEMS = {
     "circulation": ("HR", "NIDiasABP", "NIMAP", "NISysABP", "DiasABP", "MAP", "SysABP", "Temp"),
@@ -40,10 +42,10 @@ SYSTEMS = {
 class Choice:
     """What was chosen on the validation part."""
 
-    steps: int = 300
+    steps: int = 150
     batch: int = 64
-    lr: float = 2e-2
-    ode_steps: int = 600
+    lr: float = 1e-2
+    ode_steps: int = 500
     ode_lr: float = 5e-3
     most: int = 110  # times of a stay that are trained on
     stays: int | None = None
@@ -53,7 +55,7 @@ class Choice:
 
 
 class Organ(nn.Module):
-    """The process: a decaying state per channel, dz = -rate z dt + sqrt(2 rate) dW, and a start that statics move."""
+    """The process: decaying states, dz = -rate z dt + sqrt(2 rate) dW, and a start that statics move."""
 
     def __init__(self, rate: Tensor, statics: int) -> None:
         super().__init__()
@@ -73,37 +75,39 @@ class Organ(nn.Module):
 
 
 class Instruments(sd.AbstractDecoder):
-    """y = mean + scale (loadings z) + noise; the loadings begin at the identity: every channel its own state."""
+    """y = mean + scale (loadings z) + noise; the loadings begin near the identity: every channel its own state."""
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, mean: Tensor, scale: Tensor, noise: Tensor) -> None:
+    def __init__(self, mean: Tensor, scale: Tensor, noise: Tensor, extra: int) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
-        self.loadings = nn.Linear(len(mean), len(mean))
+        self.loadings = nn.Linear(len(mean) + extra, len(mean))
         self.log_noise = nn.Parameter((noise - FLOOR).clamp(min=FLOOR).log())
         with torch.no_grad():
-            self.loadings.weight.copy_(torch.eye(len(mean)))
+            self.loadings.weight[:, : len(mean)] = torch.eye(len(mean))
+            self.loadings.weight[:, len(mean) :].normal_(std=0.1)
             self.loadings.bias.zero_()
 
     def forward(self, z: Tensor) -> dist.Normal:
         return dist.Normal(self.mean + self.scale * self.loadings(z), FLOOR + self.log_noise.exp())
 
 
-def latent_sde(processes: list[Process], statics: int) -> sd.LatentSDE:
+def latent_sde(processes: list[Process], statics: int, extra: int = 0) -> sd.LatentSDE:
     """The model of a system, begun at the Gaussian processes of its channels."""
     level, ou, noise = torch.stack([p.log_scales.detach().exp() for p in processes], -1).float()
     rate = torch.stack([p.log_rate.detach().exp() for p in processes]).float().clamp(0.1, 10)
+    rate = torch.cat([rate, torch.full((extra,), FAST)])
     mean = torch.stack([p.mean.detach() for p in processes]).float()
     return sd.LatentSDE(
         len(processes),
-        len(processes),
+        len(rate),
         substeps=1,
         covariates=statics,
         process=Organ(rate, statics),
-        decoder=Instruments(mean, (level.square() + ou.square()).sqrt().clamp(0.005, 0.5), noise),
+        decoder=Instruments(mean, (level.square() + ou.square()).sqrt().clamp(0.005, 0.5), noise, extra),
         paths=sd.FilterMessage(refine=0, learned=False),  # linear and Gaussian: it is the posterior
     )
 
@@ -148,7 +152,7 @@ def by_latent_sde(parts: Parts, test: Stays, processes: list[Process], choice: C
         train = of_channels(parts.train, chosen, choice.most)[0]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = latent_sde([processes[c] for c in chosen], train.shown.covariates.shape[-1])
+            model = latent_sde([processes[c] for c in chosen], train.shown.covariates.shape[-1], EXTRA.get(name, 0))
         started = time.perf_counter()
         fit = sd.fit(
             model,
