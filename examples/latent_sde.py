@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Noise that depends on the state: what does my sensor not tell, and how sure may I be?
 #
-# Thirty buoys measure the same kind of signal at irregular times, with an error, and with holes of hours. It is calm
+# Twenty buoys measure the same kind of signal at irregular times, with an error, and with holes of hours. It is calm
 # when it is low and restless when it is high, which nobody told the model: a latent SDE learns drift and diffusion from
 # the data. The question is whether its intervals, in the holes and ahead, are wide where the signal is restless and
 # narrow where it is calm, and whether they hold what they promise. The data are simulated, so the answer is known.
@@ -78,9 +78,9 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
 
     torch.set_num_threads(1)  # tensors this small are slower on several
     torch.manual_seed(0)
-    data, states = simulate(6 if smoke else 30, 10 if smoke else 15)
+    data, states = simulate(6 if smoke else 20, 10 if smoke else 15)
     model = latent_sde()
-    fit = sd.fit(model, model.guide, data, steps=10 if smoke else 500, lr=2e-2)
+    fit = sd.fit(model, model.guide, data, steps=10 if smoke else 300, lr=2e-2)
     print(fit)
     print(f"measurement error {model.decoder.log_scale.exp().item():.3f}, in truth {ERROR}")
 
