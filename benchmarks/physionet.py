@@ -42,10 +42,10 @@ SYSTEMS = {
 class Choice:
     """What was chosen on the validation part."""
 
-    steps: int = 150
+    steps: int = 80
     batch: int = 64
     lr: float = 1e-2
-    ode_steps: int = 500
+    ode_steps: int = 300
     ode_lr: float = 5e-3
     most: int = 110  # times of a stay that are trained on
     stays: int | None = None
