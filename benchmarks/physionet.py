@@ -152,7 +152,9 @@ def by_latent_sde(parts: Parts, test: Stays, processes: list[Process], choice: C
         train = of_channels(parts.train, chosen, choice.most)[0]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = latent_sde([processes[c] for c in chosen], train.shown.covariates.shape[-1], EXTRA.get(name, 0))
+            model = latent_sde(
+                [processes[c] for c in chosen], train.shown.covariates.shape[-1], EXTRA.get(name, 0)
+            )
         started = time.perf_counter()
         fit = sd.fit(
             model,
