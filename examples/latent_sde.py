@@ -53,7 +53,8 @@ def simulate(buoys: int, hours: int) -> tuple[sd.Series, torch.Tensor]:
 
 # %%
 def latent_sde() -> sd.LatentSDE:
-    return sd.LatentSDE(1, 1, hidden=32, decoder=sd.NormalDecoder(nn.Identity(), 1), paths=sd.FilterMessage())
+    decoder = sd.NormalDecoder(nn.Identity(), 1)
+    return sd.LatentSDE(1, 1, hidden=32, decoder=decoder, paths=sd.FilterMessage())
 
 
 def held(prediction: sd.Prediction, data: sd.Series, states: torch.Tensor) -> list[str]:
@@ -81,7 +82,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     torch.manual_seed(0)
     data, states = simulate(6 if smoke else 20, 10 if smoke else 15)
     model = latent_sde()
-    fit = sd.fit(model, model.guide, data, steps=5 if smoke else 150, lr=2e-2)
+    fit = sd.fit(model, model.guide, data, steps=5 if smoke else 400, lr=2e-2)
     print(fit)
     print(f"measurement error {model.decoder.log_scale.exp().item():.3f}, in truth {ERROR}")
 
