@@ -82,7 +82,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     torch.manual_seed(0)
     data, states = simulate(6 if smoke else 20, 10 if smoke else 15)
     model = latent_sde()
-    fit = sd.fit(model, model.guide, data, steps=5 if smoke else 400, lr=2e-2)
+    fit = sd.fit(model, model.guide, data, steps=5 if smoke else 300, lr=2e-2)
     print(fit)
     print(f"measurement error {model.decoder.log_scale.exp().item():.3f}, in truth {ERROR}")
 
