@@ -31,7 +31,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: $(STAMP)
-	set -e; for file in $(filter-out %_peers.py %_gait.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file --quick; done
+	set -e; for file in $(filter-out %_peers.py %_gait.py %_data.py %_baselines.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file --quick; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -310,3 +310,118 @@ def test_times_that_the_clock_cannot_tell_apart(jumps):
     assert jumps.apart(np.array([0.0, 0.5, 0.7])).tolist() == [0.0, 0.5, 0.7]
     moved = jumps.apart(np.array([0.0, 0.5, 0.5, 0.7]))
     assert (np.diff(moved) > 0).all() and np.abs(moved - [0.0, 0.5, 0.5, 0.7]).max() < 1e-8
+
+
+# Intensive care: invented stays in the format of the file.
+
+
+@pytest.fixture
+def physionet(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    with torch.random.fork_rng():
+        module = importlib.import_module("physionet")
+        few = {"rest": module.SYSTEMS["rest"], "circulation": ("HR", "Temp")}
+        monkeypatch.setattr(module, "SYSTEMS", few)
+        monkeypatch.setattr(sys.modules["physionet_baselines"], "ITERATIONS", 5)
+        yield module
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    for name in ("physionet", "physionet_data", "physionet_baselines"):
+        sys.modules.pop(name, None)
+
+
+def stays_file(module, folder, stays=24, times=8):
+    """A level per stay and channel, some noise, nine of ten values missing in the channels of the laboratory."""
+    rng = np.random.default_rng(0)
+    statics = ("Age", "Gender", "Height", "ICUType")
+    names = ["RecordID", *statics, *(c for s in module.SYSTEMS.values() for c in s), "MechVent"]
+    rows = []
+    for stay in range(stays):
+        rows += [(stay, 0, 0, stay), (stay, 0, 1, 60 + stay), (stay, 0, 2, stay % 2), (stay, 0, 3, -1)]
+        rows += [(stay, 0, 4, 1 + stay % 4)]
+        level = 50 + 10 * rng.standard_normal(len(names))
+        for k in range(times + stay % 3):
+            some = rng.random(len(names)) < 0.6
+            seen = [p for p in range(5, len(names)) if some[p]]
+            rows += [
+                (stay, 60 * k, p, 1.0 if names[p] == "MechVent" else level[p] + rng.normal()) for p in seen
+            ]
+    columns = dict(
+        zip(("record", "minute", "param", "value"), map(np.array, zip(*rows, strict=True)), strict=True)
+    )
+    np.savez(folder / "physionet2012_train.npz", param_names=np.array(names), **columns)
+    return folder / "physionet2012_train.npz"
+
+
+def test_figures_of_the_intensive_care_benchmark(physionet, monkeypatch, tmp_path, capsys):
+    stays_file(physionet, tmp_path)
+    monkeypatch.setenv("STOCHDYN_DATA", str(tmp_path))
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["physionet.py", "--quick", "--threads", "1", "--json", str(out)])
+    physionet.main()
+    found = json.loads(out.read_text())
+    methods = ("mean", "last", "straight", "gaussian_process", "latent_ode", "latent_sde")
+    assert all(found[f"{name}_{kind}"] > 0 for name in methods for kind in ("mse", "mse_published_scale"))
+    assert found["test_mse"] == found["latent_sde_mse"] < 0.5 * found["mean_mse"]
+    assert "less Gaussian process, paired" in capsys.readouterr().out
+
+
+def test_without_stays_nothing_is_measured(physionet, monkeypatch, capsys):
+    monkeypatch.delenv("STOCHDYN_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["physionet.py"])
+    physionet.main()
+    assert "Nothing was measured" in capsys.readouterr().out
+
+
+def test_unknown_values_are_missing_and_parts_share_no_stay(physionet, tmp_path):
+    table = physionet.read(stays_file(physionet, tmp_path))
+    assert table.static.isnan().nonzero().unique(dim=0)[:, 1].unique().tolist() == [2]
+    parts = physionet.split(table)
+    ages = [part.shown.covariates[:, 0].tolist() for part in (parts.train, parts.val, parts.test)]
+    assert len({age for part in ages for age in part}) == sum(map(len, ages)) == 24
+    shown, held = parts.train.shown.mask.any(-1), parts.train.held.any(-1)
+    assert not bool((shown & held).any())
+    assert int((shown.sum(1) - held.sum(1)).abs().max()) <= 1
+    y = parts.train.everything
+    assert [float(f(y.values[y.mask])) for f in (torch.min, torch.max)] == [0.0, 1.0]
+
+
+def test_before_training_the_latent_sde_is_the_gaussian_process_of_every_channel(physionet, tmp_path):
+    baselines = sys.modules["physionet_baselines"]
+    parts = physionet.split(physionet.read(stays_file(physionet, tmp_path)))
+    chosen = [parts.test.shown.channels.index(c) for c in physionet.SYSTEMS["rest"]]
+    stays = physionet.of_channels(parts.test, chosen)[0]
+    processes = [baselines.Process(0.4, 0.1 + 0.1 * k) for k in range(len(chosen))]
+    for process in processes:
+        process.log_scales.data[0] = -20.0  # no level beside the Ornstein-Uhlenbeck process
+    model = physionet.latent_sde(processes, stays.shown.covariates.shape[-1])
+    fit = sd.Fit(model, model.guide)
+    found = physionet.interpolated(fit, stays)
+    exact = baselines.smoothed(processes, stays)
+    torch.testing.assert_close(found[stays.held], exact[stays.held], atol=1e-4, rtol=0)
+    # The control: another rate.
+    model.process.log_rate.data += 1.0
+    assert (physionet.interpolated(fit, stays) - exact)[stays.held].abs().max() > 1e-2
+
+
+def test_an_interpolation_does_not_read_what_it_predicts(physionet, tmp_path):
+    parts = physionet.split(physionet.read(stays_file(physionet, tmp_path)))
+    choice = replace(physionet.Choice(), steps=2, ode_steps=2)
+    processes = physionet.fitted(parts.train, 5)
+    other = replace(parts.test, truth=torch.where(parts.test.held, 0.5, parts.test.truth))
+    for by in (
+        lambda test: physionet.by_latent_sde(parts, test, processes, choice, 0),
+        lambda test: physionet.by_latent_ode(parts, test, choice, 0),
+    ):
+        torch.testing.assert_close(by(parts.test), by(other), atol=0, rtol=0)
+
+
+def test_lines_between_values(physionet):
+    baselines, data = sys.modules["physionet_baselines"], sys.modules["physionet_data"]
+    y = torch.tensor([[[0.0], [1.0], [9.0], [3.0], [9.0]]])
+    seen = torch.tensor([[[False], [True], [False], [True], [False]]])
+    stays = data.Stays(sd.Series([0.0, 1.0, 1.5, 3.0, 4.0], y, seen), ~seen, y)
+    assert baselines.straight(stays).flatten().tolist() == [1.0, 1.0, 1.5, 3.0, 3.0]
+    assert baselines.last(stays).flatten().tolist()[1:] == [1.0, 1.0, 3.0, 3.0]

@@ -23,6 +23,7 @@ KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
 CENSORED = ROOT / "examples" / "censored.py"
 TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
 EARTHQUAKES = ROOT / "examples" / "earthquakes.py"
+LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 
 
@@ -127,6 +128,18 @@ def test_earthquakes(tmp_path, monkeypatch):
         assert re.search(rf"^{name} +\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]$", done.stdout, re.MULTILINE), name
     assert re.search(r"^Poisson +\d+ rescaled gaps: KS 0\.\d+", done.stdout, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "earthquakes.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not LATENT_SDE.exists(), reason="an installed package has no examples")
+def test_latent_sde(tmp_path):
+    done = python("-W", "ignore", str(LATENT_SDE), "--smoke", cwd=tmp_path)
+    found = re.findall(
+        r"^(.*): the 90 % interval holds the truth at \d+%, width \d\.\d\d$", done.stdout, re.MULTILINE
+    )
+    assert found == [
+        f"{place}, {kind}" for place in ("in the holes", "ahead") for kind in ("calm", "restless")
+    ]
+    assert (tmp_path / "examples" / "output" / "latent_sde.png").stat().st_size > 10_000
 
 
 STATE = """

@@ -14,7 +14,7 @@ from torch.distributions import biject_to
 from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import DivergedError, GuideError
 from stochdyn.guides.flow import Flow, JointFlow
-from stochdyn.guides.jumps import check_family, guided_jumps
+from stochdyn.guides.jumps import check_family, guided_jumps, unlearned
 from stochdyn.guides.local_site import AmortizedLatents, Latent, pooled_scales
 from stochdyn.guides.marginals import Marginals, MarginalSite, in_use
 from stochdyn.guides.messages import AbstractPathFamily, FilterMessage, masked
@@ -331,6 +331,8 @@ class AmortizedGuide(nn.Module):
             if name not in run.potentials:
                 raise PathReached(name, prior, place)
             potential, around = run.potentials[name]
+            if not self.family.learned:
+                return unlearned(prior, potential, around, self.loop)
             if isinstance(prior, SDEPath):
                 base = information_filter(prior, potential, around)
         elif self.encoder is not None:

@@ -5,7 +5,16 @@ from torch import Tensor
 
 from stochdyn.errors import GuideError
 from stochdyn.guides.messages import AbstractPathFamily, FilterMessage
-from stochdyn.paths import GuidedJumpPath, JumpDiffusionPath, Message, MixtureMessage
+from stochdyn.guides.passes import LatentPath
+from stochdyn.paths import (
+    Compiled,
+    GuidedJumpPath,
+    GuidedPath,
+    JumpDiffusionPath,
+    Message,
+    MixtureMessage,
+    information_filter,
+)
 
 
 def check_family(family: AbstractPathFamily, name: str) -> None:
@@ -46,6 +55,17 @@ def guided_jumps(
     base = prior.filtered(potential, around)
     message, score = (corrected(base, family, x, unit, around).masked(valid) for x in numbers)
     return prior.guided(message, score_message=score)
+
+
+def unlearned(
+    prior: LatentPath, potential: Message, around: Tensor, loop: Compiled | None
+) -> GuidedPath | GuidedJumpPath:
+    """The guided path whose messages are the filter's own."""
+    if isinstance(prior, JumpDiffusionPath):
+        base = prior.filtered(potential, around)
+        return prior.guided(base, score_message=base)
+    message = information_filter(prior, potential, around)
+    return prior.guided(message, score_message=message, loop=loop)
 
 
 def corrected(

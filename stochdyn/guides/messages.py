@@ -38,7 +38,7 @@ class AbstractMessageFamily(AbstractPathFamily, ABC):
 
     @abstractmethod
     def numbers(self, state: int) -> int:
-        """How many learned numbers a message takes."""
+        """How many learned numbers a message takes; 0 where nothing is learned."""
 
     @abstractmethod
     def start(self, state: int) -> Tensor:
@@ -66,6 +66,8 @@ class FilterMessage(AbstractMessageFamily):
     Args:
         refine: relinearisations when a series is first seen (an iterated smoother).
         follow: in training, how fast the point of linearisation follows the sampled paths.
+        learned: whether there is a correction. Without one the guide of a linear-Gaussian path has nothing to learn or
+            to store, is exact for series never seen too, and needs no encoder.
         control: widths of the hidden layers of a control network; None for none. It needs an encoder, and runs
             uncompiled.
 
@@ -80,9 +82,17 @@ class FilterMessage(AbstractMessageFamily):
 
     refine: int = 5
     follow: float = 0.05
+    learned: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.control is not None and not self.learned:
+            raise GuideError(
+                "FilterMessage: a control is learned, so it does not go with learned=False. Leave out one of them."
+            )
 
     def numbers(self, state: int) -> int:
-        return state * state + state
+        return state * state + state if self.learned else 0
 
     def start(self, state: int) -> Tensor:
         return torch.zeros(self.numbers(state))

@@ -102,6 +102,8 @@ class PathSite(nn.Module):
             )
         shape, points = place.table_shape(prior.batch_shape), prior.event_shape[0]
         start = family.start(prior.event_shape[-1]).to(scale[1])
+        if not len(start):
+            return cls(shape, points, scale, None, None)
         if features is None:
             return cls(shape, points, scale, start.expand(*shape, points, -1).clone(), None)
         head, control = Head(features, hidden, len(start)).to(start).begin(start), None

@@ -30,6 +30,7 @@ from tests.models import (
     rotating_series,
     trained,
 )
+from tests.problems import OU
 
 RAGGED = ou_series(5, own_times(5, 7), hold=[(0, 3), (2, 0), (4, 6)])
 
@@ -80,6 +81,40 @@ def test_at_the_exact_guide_the_gradient_is_zero():
     guide.zero_grad()
     Trace_ELBO().differentiable_loss(ou, guide, RAGGED).backward()
     assert guide.paths["z"].numbers.grad.abs().max() > 1e-3
+
+
+def test_a_filter_that_learns_nothing_is_the_posterior_of_any_series():
+    guide = sd.AmortizedGuide(ou, paths=sd.FilterMessage(learned=False))
+    others = ou_series(6, own_times(6, 9), seed=3)
+    for mode in (True, False):
+        guide.train(mode)
+        for batch in (RAGGED, others):
+            values = elbos(ou, guide, batch, draws=5)
+            assert values.mean().item() == pytest.approx(ou_evidence(batch).sum().item(), abs=1e-8)
+            assert values.var().item() < 1e-10
+    assert list(guide.parameters()) == []
+    fresh = sd.AmortizedGuide(ou, paths=sd.FilterMessage(learned=False))
+    fresh.load_state_dict(guide.state_dict())
+    assert elbos(ou, fresh, RAGGED, draws=2).var() < 1e-10
+
+
+def test_a_filter_that_learns_nothing_gives_the_gradient_of_the_evidence_without_noise(monkeypatch):
+    theta = torch.tensor(OU["theta"], dtype=F64, requires_grad=True)
+
+    def slope():
+        def model(batch):
+            ou(batch, theta=theta)
+
+        guide = sd.AmortizedGuide(model, paths=sd.FilterMessage(learned=False))
+        return -torch.autograd.grad(Trace_ELBO().differentiable_loss(model, guide, RAGGED), theta)[0].item()
+
+    above, below = (ou_evidence(RAGGED, theta=OU["theta"] + step).sum().item() for step in (1e-5, -1e-5))
+    exact = (above - below) / 2e-5
+    assert [slope(), slope()] == pytest.approx([exact, exact], rel=1e-5)
+    # The control: messages whose dependence on the model is cut in the score.
+    guided = sd.SDEPath.guided
+    monkeypatch.setattr(sd.SDEPath, "guided", lambda path, message=None, **_: guided(path, message))
+    assert abs(slope() - slope()) > 1e-2 * abs(exact)
 
 
 @pytest.mark.slow

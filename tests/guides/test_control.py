@@ -102,6 +102,11 @@ def test_what_is_no_widths_is_refused(control):
         sd.FilterMessage(control=control)
 
 
+def test_a_control_is_learned():
+    with pytest.raises(sd.GuideError, match="a control is learned, so it does not go with learned=False"):
+        sd.FilterMessage(control=(8,), learned=False)
+
+
 def test_a_state_of_another_family_is_refused():
     batch = crossings(2)
     with_control, without = (guide_of(sd.FreeMessage(control=c), batch) for c in ((8,), None))
