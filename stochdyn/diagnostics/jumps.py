@@ -28,6 +28,12 @@ class JumpReading:
         size: (series, gap, state) the expected sum of the jumps' sizes, zero where there was none.
         data: what was observed.
         site: the name of the path.
+
+    Example:
+        >>> import numpy as np, torch, stochdyn as sd
+        >>> data, p = sd.Series([0.0, 1.0], torch.zeros(1, 2, 1)), np.array([[0.5]])
+        >>> sd.JumpReading(np.zeros((1, 1)), np.ones((1, 1)), p, 2 * p[..., None], data, "z").size_if_jumped.item()
+        2.0
     """
 
     starts: np.ndarray

@@ -28,7 +28,8 @@ def merton(ts, lam=1.0, m=-0.1, d=0.15, v=0.2, r=0.05):
     )
 
 
-def kou(ts, lam=1.0, p=0.4, up=10.0, down=5.0, v=0.16, r=0.05):
+def kou(ts):
+    lam, p, up, down, v, r = 1.0, 0.4, 10.0, 5.0, 0.16, 0.05
     zeta = p * up / (up - 1) + (1 - p) * down / (down + 1) - 1
     sizes = sd.DoubleExponentialJump(number(p)[0], number(up)[0], number(down)[0])
     jumps = sd.CompoundPoisson(lam, sizes)

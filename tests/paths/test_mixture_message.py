@@ -1,0 +1,137 @@
+"""Mixture messages: the backward filter against the exact likelihood of what follows, and its gradients."""
+
+import math
+
+import pytest
+import torch
+
+import stochdyn as sd
+from stochdyn.paths.mixture_message import MixtureMessage, Products, jump_filter
+
+F64 = torch.float64
+RATE, SIGMA, NOISE, JUMP, SHIFT = 0.4, 0.5, 0.1, 4.0, 0.7
+
+
+def number(*values):
+    return torch.tensor(values, dtype=F64)
+
+
+def problem(times=(0.0, 1.0), y=(0.0, 5.0), theta=0.0, substeps=6, rate=RATE):
+    grid = sd.TimeGrid(number(*times), substeps=substeps)
+    jumps = sd.CompoundPoisson(rate, sd.NormalJump(number(SHIFT), number(JUMP)))
+    path = sd.JumpDiffusionPath(
+        lambda t, z: -theta * z, number(SIGMA), jumps, torch.zeros(1, dtype=F64), grid.ts
+    )
+    seen = torch.ones(len(times), 1, dtype=torch.bool)
+    seen[0] = False
+    return grid, path, sd.Message.observed(grid, number(*y)[:, None], seen, NOISE)
+
+
+def likelihood(z, y, ahead):
+    """log p(y | z) a time `ahead` before: a Poisson mixture of normals."""
+    terms = []
+    for n in range(40):
+        weight = -RATE * ahead + n * math.log(RATE * ahead) - math.lgamma(n + 1)
+        deviation = math.sqrt(NOISE**2 + SIGMA**2 * ahead + JUMP**2 * n)
+        terms.append(weight + torch.distributions.Normal(z + n * SHIFT, deviation).log_prob(number(y)[0]))
+    return torch.logsumexp(torch.stack(terms), 0)
+
+
+def test_the_filter_is_the_likelihood_of_what_follows():
+    """Up to constants, and to the jumps beyond the last component; with fewer of these it is off by more."""
+    grid, path, potential = problem()
+    z = torch.linspace(-12, 12, 25, dtype=F64)
+    worst = {}
+    for components in (2, 3, 5):
+        message = path.filtered(potential, components=components).time_major()
+        errors = []
+        for k in range(6):
+            ahead = 1 - grid.ts[k].item()
+            m = message[k]
+            ours = torch.logsumexp(
+                m.log_weight + z[:, None] * (m.information - 0.5 * m.precision * z[:, None]), -1
+            )
+            exact = likelihood(z, 5.0, ahead)
+            errors.append(((ours - ours[12]) - (exact - exact[12])).abs().max().item())
+        worst[components] = max(errors)
+    assert worst[5] < 1e-3 < worst[3] < 0.1 < worst[2]
+
+
+def test_component_c_holds_what_c_jumps_say():
+    _, path, potential = problem(substeps=3)
+    m = path.filtered(potential, components=4).time_major()[0]
+    for n in range(3):
+        variance = NOISE**2 + SIGMA**2 + JUMP**2 * n
+        assert m.precision[n].item() == pytest.approx(1 / variance, rel=1e-9)
+        assert (m.information[n] / m.precision[n]).item() == pytest.approx(5.0 - n * SHIFT, rel=1e-9)
+    log_poisson = [n * math.log(RATE) - math.lgamma(n + 1) for n in range(3)]
+    mass = m.log_weight + 0.5 * (m.information.square() / m.precision - m.precision.log())
+    assert (mass[1] - mass[0]).item() == pytest.approx(log_poisson[1] - log_poisson[0], abs=1e-9)
+    assert (mass[2] - mass[0]).item() == pytest.approx(log_poisson[2] - log_poisson[0], abs=1e-9)
+
+
+def test_at_an_observation_all_are_one_and_after_the_last_there_is_none():
+    _, path, potential = problem(times=(0.0, 1.0, 2.0), y=(0.0, 5.0, 5.2), theta=0.3, substeps=2)
+    m = path.filtered(potential)
+    weights = torch.softmax(m.log_weight, -1)
+    assert (weights[[2, 4], 0] > 1 - 1e-12).all() and (weights[[1, 3], 1] > 1e-12).all()
+    longer = sd.TimeGrid(number(0, 1, 3), substeps=2)
+    seen = torch.tensor([[False], [True], [False]])
+    tail = sd.Message.observed(longer, number(0, 5, 0)[:, None], seen, NOISE)
+    _, path, _ = problem(times=(0.0, 1.0, 3.0), y=(0, 0, 0), substeps=2)
+    after = path.filtered(tail)
+    assert (after.precision[3:] == 0).all() and (after.information[3:] == 0).all()
+
+
+def test_gradients_of_the_filter():
+    def values(rate, loc, scale):
+        grid = sd.TimeGrid(number(0, 1, 1.7), substeps=2)
+        jumps = sd.CompoundPoisson(rate, sd.NormalJump(loc, scale))
+        path = sd.JumpDiffusionPath(
+            lambda t, z: -0.3 * z, number(SIGMA), jumps, torch.zeros(1, dtype=F64), grid.ts
+        )
+        seen = torch.tensor([[False], [True], [True]])
+        m = path.filtered(sd.Message.observed(grid, number(0, 4, 4.2)[:, None], seen, NOISE))
+        return m.log_value(number(0, 0.1, 4, 4, 4)[:, None])
+
+    inputs = [torch.tensor(v, dtype=F64, requires_grad=True) for v in (0.5, 0.3, 2.0)]
+    assert torch.autograd.gradcheck(values, inputs)
+
+
+def test_products_are_those_of_the_densities():
+    message = MixtureMessage(number(0.2, -1.0), number(1.0, 0.5), number(2.0, 0.1))
+    m, v, log_prior = number(0.3, -0.4), number(0.5, 2.0), number(0.7, 0.3).log()
+    product = Products.of(log_prior, m, v, message)
+    z = torch.linspace(-30, 30, 60001, dtype=F64)
+    for n in range(2):
+        for c in range(2):
+            density = torch.distributions.Normal(m[n], v[n].sqrt()).log_prob(z) + log_prior[n]
+            factor = message.log_weight[c] + z * (message.information[c] - 0.5 * message.precision[c] * z)
+            p = (density + factor).exp()
+            mass = torch.trapezoid(p, z)
+            mean = torch.trapezoid(z * p, z) / mass
+            assert product.log_weight[n, c].item() == pytest.approx(mass.log().item(), abs=1e-9)
+            assert product.mean[n, c].item() == pytest.approx(mean.item(), abs=1e-9)
+            spread = torch.trapezoid((z - mean) ** 2 * p, z) / mass
+            assert product.variance[n, c].item() == pytest.approx(spread.item(), rel=1e-8)
+
+
+def test_a_gaussian_factor_and_no_message():
+    message = MixtureMessage(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3))
+    factor = sd.Message(torch.ones(4, 1), 2 * torch.ones(4, 1))
+    z = torch.full((4, 1), 0.3)
+    gained = message.times(factor).log_value(z) - message.log_value(z)
+    assert torch.allclose(gained, factor.log_value(z))
+    some = message.masked(torch.tensor([True, False, True, True]))
+    assert some.precision[:, 0].tolist() == [1, 0, 1, 1] and some.batch_shape == ()
+
+
+def test_refused():
+    _, path, potential = problem()
+    around = torch.zeros(7, 1, dtype=F64)
+    with pytest.raises(sd.GuideError, match="at least two components, got 1"):
+        jump_filter(path, potential, around, 1)
+    double = sd.CompoundPoisson(1.0, sd.DoubleExponentialJump(0.5, 1.0, 1.0))
+    other = sd.JumpDiffusionPath(lambda t, z: -z, number(1.0), double, torch.zeros(1, dtype=F64), path.ts)
+    with pytest.raises(sd.GuideError, match=r"need one state and normal jumps"):
+        other.filtered(potential)
