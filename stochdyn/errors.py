@@ -47,6 +47,14 @@ class StabilityError(FieldError):
     """A drift is not stable where its stationary law is asked for; the message has the eigenvalue."""
 
 
+class PaddingError(StochdynError, ValueError):
+    """A sequence has more jumps than its padded tensor has rows."""
+
+
+class JumpError(StochdynError, ArithmeticError):
+    """Jumps accumulate at a finite time, or the time of one cannot be located or differentiated."""
+
+
 class DivergedError(StochdynError, ArithmeticError):
     """A path left the finite numbers; the message gives the first bad time and the last finite state."""
 
