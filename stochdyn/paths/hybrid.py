@@ -150,7 +150,7 @@ def gather_jumps(times: Tensor, fired: Tensor, ended: Tensor) -> TriggeredJumps:
     hit = fired >= 0
     counts = hit.sum(0)
     rows = int(counts.max()) if counts.numel() and len(fired) else 0
-    order = (~hit).to(torch.int8).argsort(0, stable=True)[:rows]
+    order = (~hit).to(torch.int8).argsort(dim=0, stable=True)[:rows]
     used = torch.arange(rows, device=fired.device).reshape(-1, *[1] * (fired.dim() - 1)) < counts
     found = times.gather(0, order)
     when = torch.where(used, found, torch.inf)

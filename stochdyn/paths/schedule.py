@@ -43,9 +43,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.times, Tensor) or self.times.dim() < 1 or not self.times.is_floating_point():
-            got = (
-                tuple(self.times.shape) if isinstance(self.times, Tensor) else type(self.times).__name__
-            )
+            got = tuple(self.times.shape) if isinstance(self.times, Tensor) else type(self.times).__name__
             raise ShapeError(f"Schedule: `times` must be a floating tensor (*batch, jump), got {got}.")
         if not callable(self.jump_map):
             raise FieldError(
@@ -97,9 +95,7 @@ class Calendar:
             if schedule.amounts is not None:
                 amounts = schedule.amounts
                 amounts = amounts.expand(*z.shape[:-1], *amounts.shape[-2:])
-                index = torch.where(mine, row, 0)[..., None, None].expand(
-                    *z.shape[:-1], 1, amounts.shape[-1]
-                )
+                index = torch.where(mine, row, 0)[..., None, None].expand(*z.shape[:-1], 1, amounts.shape[-1])
                 given = amounts.gather(-2, index)[..., 0, :]
             moved = evaluate(f"jump map of schedule {k}", schedule.jump_map, t, z, given)
             after = torch.where(mine[..., None], moved, after)
@@ -151,7 +147,7 @@ def calendar(schedules: Sequence[Schedule], ts: Tensor, batch: torch.Size) -> Ca
     row = [torch.arange(x.shape[-1], device=device).expand(x.shape) for x in times]
     zero = torch.zeros_like(end, dtype=torch.long)
     joint = torch.cat([*times, end], -1)
-    order = joint.detach().argsort(-1, stable=True)
+    order = joint.detach().argsort(dim=-1, stable=True)
     parts = (joint, torch.cat([*source, zero], -1), torch.cat([*row, zero], -1))
     return Calendar(tuple(schedules), *[x.gather(-1, order).movedim(-1, 0) for x in parts])
 

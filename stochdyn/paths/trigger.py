@@ -92,9 +92,7 @@ class Conditions:
             values.append((value if flat else value[..., 0]).expand(z.shape[:-1]))
         return torch.stack(values, -1)
 
-    def along(
-        self, t: Tensor, z: Tensor, f: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def along(self, t: Tensor, z: Tensor, f: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The conditions and their slopes along the flow, each (*batch, trigger)."""
         if not self.triggers:
             return self(t, z), self(t, z)
