@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import stochdyn.diagnostics as _diagnostics
-from stochdyn.data import AbstractInterpolation, Carried, LinearInterpolation, Series, TimeGrid, datasets
+from stochdyn.data import AbstractInterpolation, Carried, Dose, Doses, LinearInterpolation, Series, TimeGrid, datasets
 from stochdyn.decoders import (
     AbstractDecoder,
     BernoulliDecoder,
@@ -196,6 +196,8 @@ __all__ = [
     "DivergedError",
     "Dopri5",
     "Dopri8",
+    "Dose",
+    "Doses",
     "DtypeError",
     "ElementwiseField",
     "Euler",

@@ -6,19 +6,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stochdyn.data.doses import Doses
 from stochdyn.errors import FieldError, JumpError, PaddingError
 from stochdyn.paths.checks import joint_batch
+from stochdyn.paths.dosing import as_schedule, has_infusions, on_state, with_rates
 from stochdyn.paths.hybrid import Hybrid, TriggeredJumps
 from stochdyn.paths.replay import replay
 from stochdyn.paths.schedule import Schedule, calendar, check_window, read_schedules
 from stochdyn.paths.search import search
 from stochdyn.paths.trigger import Conditions, Trigger, read_triggers
-from stochdyn.solvers import AbstractGradient, Direct
+from stochdyn.solvers import AbstractGradient, Direct, Verlet
 from stochdyn.solvers.gradients import Flow
 from stochdyn.solvers.integrator import AbstractMean, AbstractODESolver
 from stochdyn.solvers.pairs import stepper
 
-Jump = Trigger | Schedule
+Jump = Trigger | Schedule | Doses
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class System:
         schedules: the jumps at known times.
         max_jumps: of one series.
         attached: whether conditions, jump maps or times need a gradient.
+        infusions: whether the state has the rates of infusions beside it.
     """
 
     conditions: Conditions
     schedules: tuple[Schedule, ...]
     max_jumps: int
     attached: bool
+    infusions: bool
 
     def solve(self, flow: Flow) -> tuple[Tensor, TriggeredJumps]:
         """The path (*batch, time, state) and the jumps."""
@@ -43,8 +47,9 @@ class System:
         plan = search(problem)
         if torch.is_grad_enabled() and (self.attached or self.needs_gradient(flow)):
             states, jumps = replay(problem, plan)
-            return states.movedim(0, -2), jumps
-        return plan.states.movedim(0, -2), plan.jumps
+        else:
+            states, jumps = plan.states, plan.jumps
+        return states[..., : flow.z.shape[-1]].movedim(0, -2), jumps
 
     def problem(self, flow: Flow) -> Hybrid:
         """What is to be searched."""
@@ -52,9 +57,13 @@ class System:
         times = flow.times[..., 0].expand(-1, *batch)
         stride = solver.substeps if isinstance(solver, AbstractMean) else 1
         targets = solver.fine(times) if isinstance(solver, AbstractMean) else times
+        field, z = flow.field, flow.z
+        if self.infusions:
+            _check_halves(solver)
+            field, z = with_rates(field, z.shape[-1]), torch.cat([z, torch.zeros_like(z)], -1)
         known = calendar(self.schedules, times.movedim(0, -1), batch)
         return Hybrid(
-            flow.field, self.conditions, known, flow.context, flow.z, targets, stride, stepper(solver),
+            field, self.conditions, known, flow.context, z, targets, stride, stepper(solver),
             self.max_jumps, _most_steps(solver),
         )  # fmt: skip
 
@@ -96,33 +105,46 @@ def read_jumps(
     """
     if isinstance(max_jumps, bool) or not isinstance(max_jumps, int) or max_jumps < 1:
         raise PaddingError(f"odeint: `max_jumps` must be an integer of at least 1, got {max_jumps!r}.")
-    if isinstance(jumps, Trigger | Schedule) or not isinstance(jumps, Sequence):
+    if isinstance(jumps, Jump) or not isinstance(jumps, Sequence):
         raise FieldError(
             f"odeint: `jumps` must be a list of sd.Trigger, sd.Schedule or sd.Doses, got {type(jumps).__name__}."
         )
     for k, jump in enumerate(jumps):
-        if not isinstance(jump, Trigger | Schedule):
+        if not isinstance(jump, Jump):
             raise FieldError(
                 f"odeint: `jumps[{k}]` must be an sd.Trigger, an sd.Schedule or sd.Doses, got {type(jump).__name__}."
             )
+        if not isinstance(jump, Trigger):
+            check_window(f"jumps[{k}]", jump.times, ts)
     t, z, context = at
-    triggers = [jump for jump in jumps if isinstance(jump, Trigger)]
-    schedules = [jump for jump in jumps if isinstance(jump, Schedule)]
-    batch = z.shape[:-1]
-    needs = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for s in schedules for x in (s.times, s.amounts)
-    )
-    for k, schedule in enumerate(schedules):
-        check_window(f"schedule {k}", schedule.times, ts)
+    infusions = any(has_infusions(jump) for jump in jumps if isinstance(jump, Doses))
+    width = z.shape[-1]
+    z = torch.cat([z, torch.zeros_like(z)], -1) if infusions else z
+    given = [
+        as_schedule(jump, z[..., :width], infusions)
+        if isinstance(jump, Doses)
+        else on_state(jump, width)
+        if infusions
+        else jump
+        for jump in jumps
+    ]
+    triggers = [jump for jump in given if isinstance(jump, Trigger)]
+    schedules = [jump for jump in given if isinstance(jump, Schedule)]
     conditions, found = read_triggers(triggers, t, z, context)
     moved, batches = read_schedules(schedules, t, z)
-    found = found + moved
-    shapes = {f"jump_{k}": x.shape[:-1] for k, x in enumerate(found)}
+    shapes = {f"jump_{k}": x.shape[:-1] for k, x in enumerate(found + moved)}
     shapes |= {f"schedule_{k}": shape for k, shape in enumerate(batches)}
-    joint = joint_batch(z0_ts_context_and_field=batch, **shapes)
-    return System(
-        conditions, tuple(schedules), max_jumps, needs or any(x.requires_grad for x in found)
-    ), joint
+    joint = joint_batch(z0_ts_context_and_field=z.shape[:-1], **shapes)
+    tensors = [x for s in schedules for x in (s.times, s.amounts) if x is not None]
+    attached = any(x.requires_grad for x in [*found, *moved, *tensors])
+    return System(conditions, tuple(schedules), max_jumps, attached, infusions), joint
+
+
+def _check_halves(solver: AbstractODESolver) -> None:
+    if isinstance(solver, Verlet):
+        raise FieldError(
+            "odeint: infusions add their rates to the field, positions' too, which Verlet does not see. Use another solver."
+        )
 
 
 def check_gradient(gradient: AbstractGradient) -> None:
