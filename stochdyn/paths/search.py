@@ -197,7 +197,7 @@ class Search:
     def crossed(self, g: Tensor) -> Tensor:
         """(*batch, trigger) which have crossed, in their direction, since the state."""
         wanted = (self.directions == 0) | (self.directions == -self.side)
-        return (self.side * g <= 0) & (self.side != 0) & wanted
+        return ((self.side * g < 0) | ((g == 0) & (self.g != 0) & (self.side != 0))) & wanted
 
     def too_coarse(self, trial: Trial, free: Tensor) -> Tensor:
         """Which steps have too large an error; the next length of all."""
@@ -240,17 +240,19 @@ class Search:
         if not bool(b.on.any()):
             zero = torch.zeros_like(h)
             return torch.zeros_like(b.on), zero, torch.zeros_like(self.k), torch.zeros_like(b.on)
+        over = crossed.any(-1)
         shift, fired = b.shrink(h, trial.g, trial.slope, crossed)
         rounding = 4 * torch.finfo(torch.float64).eps * self.t.abs()
         near = 0.1 * torch.finfo(self.z.dtype).eps ** 0.5 * h + rounding
-        smooth = b.on & (shift.abs() <= near)
+        straight = (trial.g.abs() <= 2 * near[..., None] * trial.slope.abs()).gather(-1, fired[..., None])[..., 0]
+        smooth = b.on & (shift.abs() <= near) & straight
         closed = b.on & (b.hi - b.lo <= 64 * torch.finfo(self.z.dtype).eps * b.hi + rounding)
-        found = smooth | closed
+        found = smooth | (closed & over)
         fired = torch.where(smooth, fired, b.which.to(torch.int8).argmax(-1))
         b.tries = b.tries + b.on
         newton = h + shift
         inside = (newton > b.lo) & (newton < b.hi) & (b.tries % 4 != 3)
-        b.h = torch.where(inside, newton, 0.5 * (b.lo + b.hi))
+        b.h = torch.where(closed, b.hi, torch.where(inside, newton, 0.5 * (b.lo + b.hi)))
         b.on = b.on & ~found
         return found, torch.where(smooth, shift, 0.0), fired, smooth
 
@@ -273,6 +275,14 @@ class Search:
         self.g, self.slope = torch.where(row, trial.g, self.g), torch.where(row, trial.slope, self.slope)
         self.side = torch.where(row & (trial.g != 0), trial.g.sign(), self.side)
         self.scale = torch.where(row, torch.maximum(self.scale, trial.g.abs()), self.scale)
+        undefined = plain & self.g.isnan().any(-1) & self.z.isfinite().all(-1)
+        if bool(undefined.any()):
+            where, time, state = self.place(undefined)
+            which = int(self.g.isnan().any(tuple(range(self.g.dim() - 1))).nonzero()[0])
+            raise DivergedError(
+                f"series {where}, time {time:g}, trigger {which}: the condition is NaN; the state was {state}. It must "
+                "be a number on both sides of the surface."
+            )
 
     def land(self, trial: Trial, landed: Tensor, shift: Tensor, fired: Tensor) -> None:
         """Jump."""
