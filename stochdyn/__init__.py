@@ -3,7 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 import stochdyn.diagnostics as _diagnostics
-from stochdyn.data import AbstractInterpolation, Carried, Dose, Doses, LinearInterpolation, Series, TimeGrid, datasets
+from stochdyn.data import (
+    AbstractInterpolation,
+    Carried,
+    Dose,
+    Doses,
+    LinearInterpolation,
+    Series,
+    TimeGrid,
+    datasets,
+)
 from stochdyn.decoders import (
     AbstractDecoder,
     BernoulliDecoder,

@@ -135,7 +135,9 @@ class Doses:
         names = None if compartments is None else tuple(compartments)
         labels = tuple(range(len(rows))) if ids is None else tuple(ids)
         if len(labels) != len(rows) or not len(rows):
-            raise ShapeError(f"Doses: {len(rows)} lists of doses and {len(labels)} ids. One of each per series.")
+            raise ShapeError(
+                f"Doses: {len(rows)} lists of doses and {len(labels)} ids. One of each per series."
+            )
         read = [_read_row(row, names, f"series {label}") for row, label in zip(rows, labels, strict=True)]
         padded = [pad_sequence([row[k] for row in read], True, fill) for k, fill in enumerate(_FILL)]
         padded = [x[0] if shared else x for x in padded]
@@ -178,7 +180,9 @@ class Doses:
                     [0.5000,    inf]], dtype=torch.float64)
         """
         rows, labels = read_dose_frame(frame, series, ids, columns or {})
-        return cls([[Dose(**fields) for fields in row] for row in rows], compartments=compartments, ids=labels)
+        return cls(
+            [[Dose(**fields) for fields in row] for row in rows], compartments=compartments, ids=labels
+        )
 
     def __len__(self) -> int:
         return self.times.shape[0] if self.times.dim() > 1 else 1
@@ -315,7 +319,9 @@ class Doses:
     def _at(self, ts: Tensor, times: Tensor, size: Tensor, state_dim: int) -> Tensor:
         self.check_compartments(state_dim)
         if bool(self.reset.any()):
-            raise DataError("Doses: a reset sets the state to zero, which an SDE path cannot. Split the series.")
+            raise DataError(
+                "Doses: a reset sets the state to zero, which an SDE path cannot. Split the series."
+            )
         dtype = ts.dtype if self.amounts.dtype == torch.float64 and ts.dtype != torch.float64 else size.dtype
         done = (times[..., None, :] <= ts[..., :, None].to(times.dtype)) & times.isfinite()[..., None, :]
         into = torch.nn.functional.one_hot(self.compartment, state_dim).to(size.dtype) * size[..., None]
@@ -335,7 +341,9 @@ class Doses:
         out = torch.full_like(self.times, neutral)
         for where, value in parts:
             value = value.to(self.times.device, torch.float64)[..., None]
-            out = torch.where(torch.ones_like(self.reset) if where is None else self.compartment == where, value, out)
+            out = torch.where(
+                torch.ones_like(self.reset) if where is None else self.compartment == where, value, out
+            )
         return out
 
     def _with(self, **changes: Any) -> Self:

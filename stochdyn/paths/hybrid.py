@@ -135,6 +135,8 @@ class Plan:
     ended: Tensor
 
 
+# Jumps cost more than steps: series that are at theirs wait for others, so many passes at most.
+EVERY = 4
 FREE, OUTPUT, DUE, CROSSING, ONCE, CLIFF = range(6)
 
 

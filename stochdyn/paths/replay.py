@@ -1,6 +1,6 @@
 """The steps that a search kept, once more with gradients: by start, parameters and the times of the jumps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from stochdyn.paths.hybrid import (
     CLIFF,
     CROSSING,
     DUE,
+    EVERY,
     ONCE,
     OUTPUT,
     Hybrid,
@@ -17,6 +18,7 @@ from stochdyn.paths.hybrid import (
     TriggeredJumps,
     gather_jumps,
 )
+from stochdyn.paths.trigger import slope_along
 
 
 @dataclass
@@ -51,6 +53,7 @@ def replay(problem: Hybrid, plan: Plan) -> tuple[Tensor, TriggeredJumps]:
         tensor([-2.7726], dtype=torch.float64)
     """
     _check_slopes(problem, plan)
+    plan = align(plan)
     k = torch.zeros_like(plan.ended)
     context = problem.row(k)
     t = problem.targets[0]
@@ -65,6 +68,44 @@ def replay(problem: Hybrid, plan: Plan) -> tuple[Tensor, TriggeredJumps]:
     path = torch.stack(states).gather(0, index)
     when = torch.stack(times) if times else plan.h
     return path, gather_jumps(when, torch.where(plan.kind >= CROSSING, plan.fired, -1), plan.ended)
+
+
+def align(plan: Plan) -> Plan:
+    """The same steps, laid out so that jumps of many series fall together: series wait at theirs for others.
+
+    Example:
+        >>> kind = torch.tensor([[3, 0], [1, 3], [-1, 1]])  # one series jumps in its first step, the other in its second
+        >>> h, fired, none = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+        >>> align(Plan(h, None, torch.tensor([[0, 0], [2, 3]]), h, kind, fired, none)).kind
+        tensor([[ 3,  0],
+                [ 1, -1],
+                [-1,  3],
+                [-1,  1]])
+    """
+    steps = len(plan.kind)
+    pad = torch.cat([plan.kind, torch.full_like(plan.kind[:1], -1)]) if steps else plan.kind
+    at, rows = torch.zeros_like(plan.ended), []
+    while steps:
+        kind = pad.gather(0, at[None])[0]
+        live, jump = kind >= 0, kind >= CROSSING
+        if not bool(live.any()):
+            break
+        together = len(rows) % EVERY == 0 or not bool((live & ~jump).any())
+        go = live if together else live & ~jump
+        rows.append(torch.where(go, at, steps))
+        at = at + go
+    if not rows:
+        return plan
+    which = torch.stack(rows)
+    end = torch.zeros_like(which[:1])
+    order = (which == steps).to(torch.int8).argsort(dim=0, stable=True)
+    slot = torch.cat([end, order + 1])  # after how many passes each number of steps is done
+    h = torch.cat([plan.h, torch.zeros_like(plan.h[:1])])
+    fired = torch.cat([plan.fired, torch.zeros_like(plan.fired[:1])])
+    return replace(
+        plan, h=h.gather(0, which), kind=pad.gather(0, which), fired=fired.gather(0, which),
+        after=slot.gather(0, plan.after),
+    )  # fmt: skip
 
 
 def _check_slopes(problem: Hybrid, plan: Plan) -> None:
@@ -113,8 +154,7 @@ def _land(
     end, z, f = reached
     t, drift, which = end.to(z.dtype)[..., None], problem.bound(now.context), fired.clamp_min(0)[..., None]
     with torch.no_grad():
-        point = (t.detach().contiguous(), z.detach().contiguous())
-        _, bend = torch.func.jvp(drift, point, (torch.ones_like(t), f.detach().contiguous()))
+        _, bend = slope_along(drift, t.detach(), z.detach(), f.detach())
     g, slope = problem.conditions.along(t, z, f, now.context)
     on = crossing[..., None]
     slope = torch.where(on, slope.gather(-1, which), 1.0)

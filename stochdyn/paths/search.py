@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stochdyn.errors import DivergedError, PaddingError
 from stochdyn.paths.checks import short
-from stochdyn.paths.hybrid import CLIFF, CROSSING, DUE, FREE, ONCE, OUTPUT, Hybrid, Plan, gather_jumps
+from stochdyn.paths.hybrid import CLIFF, CROSSING, DUE, EVERY, FREE, ONCE, OUTPUT, Hybrid, Plan, gather_jumps
 from stochdyn.solvers.pairs import FixedStepper
 
 # Jumps closer than this share of the path's length, so many of them in a row, accumulate.
@@ -51,7 +51,10 @@ class Bracket:
     def enter(self, rows: Tensor, hi: Tensor, low: Tensor, high: Tensor, which: Tensor) -> None:
         """Series that have crossed within a step begin to look for where."""
         self.lo, self.hi = torch.where(rows, 0.0, self.lo), torch.where(rows, hi, self.hi)
-        self.low, self.high = torch.where(rows[..., None], low, self.low), torch.where(rows[..., None], high, self.high)
+        self.low, self.high = (
+            torch.where(rows[..., None], low, self.low),
+            torch.where(rows[..., None], high, self.high),
+        )
         self.which = torch.where(rows[..., None], which, self.which)
         self.tries = torch.where(rows, 0, self.tries)
         self.on = self.on | rows
@@ -72,7 +75,10 @@ class Bracket:
         shift, fired = torch.where(mine & ahead.isfinite(), ahead, torch.inf).min(-1)
         up, down = self.on & over, self.on & ~over
         self.hi, self.lo = torch.where(up, h, self.hi), torch.where(down, h, self.lo)
-        self.high, self.low = torch.where(up[..., None], g, self.high), torch.where(down[..., None], g, self.low)
+        self.high, self.low = (
+            torch.where(up[..., None], g, self.high),
+            torch.where(down[..., None], g, self.low),
+        )
         self.which = torch.where(up[..., None], crossed, self.which)
         return shift, fired
 
@@ -111,11 +117,13 @@ class Search:
         self.pending = count - 1
         none = torch.zeros(*batch, conditions, dtype=torch.bool, device=device)
         low = z.new_zeros(none.shape)
-        self.bracket = Bracket(no.clone(), zeros.clone(), zeros.clone(), zeros.clone(), low, low, none, count.clone())
+        self.bracket = Bracket(
+            no.clone(), zeros.clone(), zeros.clone(), zeros.clone(), low, low, none, count.clone()
+        )
         self.points = (len(problem.targets) - 1) // problem.stride + 1
         self.states = z.new_zeros(self.points + 1, *z.shape)
         self.after = count.new_zeros(self.points + 1, *batch)
-        self.log = Log()
+        self.log, self.passes = Log(), 0
         self.context = problem.row(self.k)
         self.side = (-self.directions).expand(*batch, conditions).clone()
         self.scale = z.abs().amax(-1, keepdim=True).expand(none.shape).clone() / 16
@@ -244,15 +252,23 @@ class Search:
         shift, fired = b.shrink(h, trial.g, trial.slope, crossed)
         rounding = 4 * torch.finfo(torch.float64).eps * self.t.abs()
         near = 0.1 * torch.finfo(self.z.dtype).eps ** 0.5 * h + rounding
-        straight = (trial.g.abs() <= 2 * near[..., None] * trial.slope.abs()).gather(-1, fired[..., None])[..., 0]
+        straight = (trial.g.abs() <= 2 * near[..., None] * trial.slope.abs()).gather(-1, fired[..., None])[
+            ..., 0
+        ]
         smooth = b.on & (shift.abs() <= near) & straight
         closed = b.on & (b.hi - b.lo <= 64 * torch.finfo(self.z.dtype).eps * b.hi + rounding)
         found = smooth | (closed & over)
+        self.passes += 1
+        if self.passes % EVERY and not bool((found | self.done).all()):
+            waiting, found = found, torch.zeros_like(found)
+        else:
+            waiting = torch.zeros_like(found)
         fired = torch.where(smooth, fired, b.which.to(torch.int8).argmax(-1))
         b.tries = b.tries + b.on
         newton = h + shift
         inside = (newton > b.lo) & (newton < b.hi) & (b.tries % 4 != 3)
-        b.h = torch.where(closed, b.hi, torch.where(inside, newton, 0.5 * (b.lo + b.hi)))
+        trial_next = torch.where(closed, b.hi, torch.where(inside, newton, 0.5 * (b.lo + b.hi)))
+        b.h = torch.where(waiting, h, trial_next)
         b.on = b.on & ~found
         return found, torch.where(smooth, shift, 0.0), fired, smooth
 
