@@ -136,7 +136,7 @@ class Plan:
 
 
 # Jumps cost more than steps: series that are at theirs wait for others, so many passes at most.
-EVERY = 4
+EVERY = 3
 FREE, OUTPUT, DUE, CROSSING, ONCE, CLIFF = range(6)
 
 

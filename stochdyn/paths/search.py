@@ -228,8 +228,11 @@ class Search:
         none = torch.zeros_like(free)
         if not self.directions.numel():
             return none, trial.h
-        h, side = trial.h[..., None].to(self.z.dtype), self.side
-        start, end = side * self.g, side * trial.g
+        side = self.side
+        turning = (side * self.slope < 0) & (side * trial.slope > 0) & free[..., None]
+        if not bool(turning.any()):
+            return none, trial.h
+        h, start, end = trial.h[..., None].to(self.z.dtype), side * self.g, side * trial.g
         down, up = side * self.slope * h, side * trial.slope * h
         bend, twist = 3 * (end - start) - 2 * down - up, 2 * (start - end) + down + up
         root = (bend.square() - 3 * twist * down).clamp_min(0).sqrt()
@@ -238,7 +241,7 @@ class Search:
         inside = (share > 1e-3) & (share < 1 - 1e-3) & (bend + root > 0)
         wanted = (self.directions == 0) | (self.directions == -side)
         deep = lowest < _DIP * torch.minimum(start, end)
-        seen = (start > 0) & (end > 0) & (down < 0) & (up > 0) & inside & wanted & deep & free[..., None]
+        seen = turning & (start > 0) & (end > 0) & inside & wanted & deep
         share = torch.where(seen, share, 1.0).amin(-1)
         return seen.any(-1) & (self.cap == torch.inf), trial.h * share
 
