@@ -177,7 +177,7 @@ class Search:
         self.stall(landed | (plain & trial.closing))
         self.move(trial, plain)
         if bool(landed.any()):
-            self.land(trial, landed, shift, fired)
+            self.land(trial, landed, shift, fired, smooth)
         due = plain & trial.closing & trial.due
         if bool(due.any()):
             t = self.t.to(self.z.dtype)[..., None]
@@ -303,9 +303,13 @@ class Search:
                 "be a number on both sides of the surface."
             )
 
-    def land(self, trial: Trial, landed: Tensor, shift: Tensor, fired: Tensor) -> None:
+    def land(self, trial: Trial, landed: Tensor, shift: Tensor, fired: Tensor, smooth: Tensor) -> None:
         """Jump."""
-        shift = torch.where(self.pending >= 0, 0.0, shift)
+        once = self.pending >= 0
+        shift = torch.where(once, 0.0, shift)
+        # Where the condition itself jumps its value there, 0 or either side's, says nothing: it has crossed.
+        mine = torch.arange(self.directions.numel(), device=fired.device) == fired[..., None]
+        self.side = torch.where(mine & (landed & ~smooth & ~once)[..., None], -self.side, self.side)
         at = self.t + trial.h + shift
         z = trial.z + trial.f * shift[..., None].to(self.z.dtype)
         which = torch.where(landed, fired, -1)
