@@ -133,7 +133,9 @@ def test_series_of_their_own_times_and_contexts():
         ),
     ],
 )
-@pytest.mark.parametrize("solver", [sd.Dopri5(1e-10, 1e-11), sd.RungeKutta4(60)])
+@pytest.mark.parametrize(
+    "solver", [sd.Dopri5(1e-9, 1e-10), pytest.param(sd.RungeKutta4(30), marks=pytest.mark.slow)]
+)
 def test_crossings_of_a_circle(condition, direction, wanted, solver):
     times, path = crossings(condition, direction, solver=solver)
     assert len(times) == len(wanted)
