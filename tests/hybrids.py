@@ -22,11 +22,10 @@ def ball(gravity):
 
 
 def floor(restitution):
-    return sd.Trigger(
-        lambda t, z: z[..., 0],
-        lambda t, z: torch.stack([z[..., 0], -restitution * z[..., 1]], -1),
-        direction=-1,
-    )
+    def turn(t, z):
+        return torch.stack(torch.broadcast_tensors(z[..., 0], -restitution * z[..., 1]), -1)
+
+    return sd.Trigger(lambda t, z: z[..., 0], turn, direction=-1)
 
 
 def bounces(height, gravity, restitution, end, **options):

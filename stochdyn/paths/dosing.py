@@ -54,8 +54,9 @@ def as_schedule(doses: Doses, z: Tensor, infusions: bool) -> Schedule:
     rate = torch.where(slow, amounts / torch.where(duration > 0, duration, 1.0), 0.0)[..., None] * into
     first = torch.cat([bolus, rate, reset], -1)
     ends = torch.where(slow, starts + duration, torch.inf)
-    cut = doses.reset & (starts >= starts[..., None]) & (starts < ends[..., None])
-    cut = (cut & ~torch.eye(starts.shape[-1], dtype=torch.bool, device=starts.device)).any(-1)
+    other = starts[..., None, :]
+    cut = doses.reset[..., None, :] & (other >= starts[..., None]) & (other < ends[..., None])
+    cut = (cut & slow[..., None]).any(-1)
     stop = torch.where(cut[..., None], 0.0, 0.0 - rate)
     second = torch.cat([torch.zeros_like(bolus), stop, torch.zeros_like(reset)], -1)
     return _sorted(torch.cat([starts, ends], -1), torch.cat([first, second], -2).to(z.dtype))
