@@ -110,7 +110,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     print(f"{len(data)} patients, {kind}")
     model = Theophylline(doses)
     guide = sd.AmortizedGuide(model)
-    fit = sd.fit(model, guide, data, steps=8 if smoke else 700, lr=0.02)
+    fit = sd.fit(model, guide, data, steps=8 if smoke else 300, lr=0.04)
     print(fit)
 
     draws = 20 if smoke else 300
