@@ -76,13 +76,16 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     gravity, restitution = latents["gravity"].reshape(draws), latents["restitution"].reshape(draws, 3)
     print(f"gravity {gravity.mean():.3f} +- {gravity.std():.3f}, truth 9.81")
     for k, name in enumerate(data.ids):
-        print(f"{name:<7} restitution {restitution[:, k].mean():.3f} +- {restitution[:, k].std():.3f}, truth {truth[k]:.2f}")
+        own = restitution[:, k]
+        print(f"{name:<7} restitution {own.mean():.3f} +- {own.std():.3f}, truth {truth[k]:.2f}")
 
     with torch.no_grad():
         ts = torch.linspace(0, 12, 1201, dtype=torch.float64)
         heights = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
         path, bounces = drop(heights, gravity.mean(), restitution.mean(0), ts)
-    for name, count, rest in zip(data.ids, bounces.counts.tolist(), bounces.accumulated.tolist(), strict=True):
+    for name, count, rest in zip(
+        data.ids, bounces.counts.tolist(), bounces.accumulated.tolist(), strict=True
+    ):
         print(f"{name:<7} {count} bounces until they accumulate, at {rest:.2f} s: at rest")
     plot(data, ts, path[..., 0], bounces, out)
 

@@ -3,11 +3,11 @@
 #
 # Twelve patients swallow one dose of theophylline; its concentration in the blood is measured eleven times in a day
 # (Boeckmann, Sheiner & Beal 1994, the data of R's `Theoph`). A dose jumps into the gut, is absorbed into the blood, and
-# cleared: each patient with rates of its own, which are alike. The dose acts a little after it was swallowed; that lag is
-# learned too, through the time of a jump.
+# cleared: each patient with rates of its own, which are alike. The dose acts a little after it was swallowed; that lag
+# is learned too, through the time of a jump.
 #
-# The data are not part of this project. `STOCHDYN_DATA` names the folder of `theophylline.csv` with columns Subject, Wt,
-# Dose, Time, conc; without it, patients are simulated.
+# The data are not part of this project. `STOCHDYN_DATA` names the folder of `theophylline.csv` with columns Subject,
+# Wt, Dose, Time, conc; without it, patients are simulated.
 
 # %%
 import argparse
@@ -159,6 +159,8 @@ def plot(data: sd.Series, curves: tuple[torch.Tensor, torch.Tensor], out: Path) 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Absorption and clearance of theophylline in twelve patients.")
+    parser = argparse.ArgumentParser(
+        description="Absorption and clearance of theophylline in twelve patients."
+    )
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, to see that it works")
     main(parser.parse_args().smoke)

@@ -86,12 +86,13 @@ def _dose(k: int, label: Any, cells: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if numbers["SS"]:
         raise DataError(
-            f"{where}: steady state (SS) is not read off. Write the doses before: an earlier TIME with ADDL, and a path "
-            "that starts there."
+            f"{where}: steady state (SS) is not read off. Write the doses before: an earlier TIME with ADDL, and a "
+            "path that starts there."
         )
     if numbers["RATE"] < 0:
         raise DataError(
-            f"{where}: RATE {numbers['RATE']:g} asks for an estimated rate or duration. Give DUR, or build sd.Dose(...)."
+            f"{where}: RATE {numbers['RATE']:g} asks for an estimated rate or duration. Give DUR, or build "
+            "sd.Dose(...)."
         )
     fields: dict[str, Any] = {"time": numbers["TIME"]}
     if kind != 3:

@@ -84,7 +84,8 @@ class Doses:
     solver stops exactly at the times, on the grid or not. `given` and `rates` are for SDE paths.
 
     Shapes:
-        times, amounts, compartment, duration, reset (series, dose), or (dose,) of one list for all; time inf is no dose.
+        times, amounts, compartment, duration, reset (series, dose), or (dose,) of one list for all; time inf is no
+        dose.
 
     Args:
         doses: a list of `Dose`s for each series, or one list for all, sorted by time.
@@ -157,10 +158,10 @@ class Doses:
         ids: Sequence[Any] | None = None,
         columns: Mapping[str, str] | None = None,
     ) -> Self:
-        """An event table as NONMEM has it: columns TIME, AMT and, where they are there, CMT, RATE, DUR, ADDL, II, EVID, SS.
+        """An event table in NONMEM's columns: TIME, AMT and, where there, CMT, RATE, DUR, ADDL, II, EVID, SS.
 
-        EVID is 0 (an observation), 1 (a dose), 2 (left out), 3 (a reset) or 4 (a reset and a dose); without it rows with
-        an AMT above 0 are doses. NaN and "." are empty.
+        EVID is 0 (an observation), 1 (a dose), 2 (left out), 3 (a reset) or 4 (a reset and a dose); without it rows
+        with an AMT above 0 are doses. NaN and "." are empty.
 
         Args:
             frame: a pandas frame, sorted by time within each series.
@@ -174,7 +175,8 @@ class Doses:
 
         Example:
             >>> import pandas, stochdyn as sd
-            >>> frame = pandas.DataFrame({"ID": [1, 2], "TIME": [0.0, 0.5], "AMT": [4.0, 5.0], "ADDL": [1, 0], "II": [8, 0]})
+            >>> frame = pandas.DataFrame({"ID": [1, 2], "TIME": [0.0, 0.5], "AMT": [4.0, 5.0]})
+            >>> frame["ADDL"], frame["II"] = [1, 0], [8.0, 0.0]
             >>> sd.Doses.from_frame(frame, "ID").times
             tensor([[0.0000, 8.0000],
                     [0.5000,    inf]], dtype=torch.float64)
@@ -231,7 +233,8 @@ class Doses:
 
         Example:
             >>> import torch, stochdyn as sd
-            >>> doses = sd.Doses([sd.Dose(1.0, 8.0)]).adjusted(lag=torch.tensor(0.5), bioavailability=torch.tensor(0.75))
+            >>> doses = sd.Doses([sd.Dose(1.0, 8.0)])
+            >>> doses = doses.adjusted(lag=torch.tensor(0.5), bioavailability=torch.tensor(0.75))
             >>> doses.given(torch.tensor([0.0, 1.4, 1.5]), 1)[:, 0]
             tensor([0., 0., 6.])
         """
@@ -275,7 +278,7 @@ class Doses:
                     [0., 8.],
                     [0., 8.]])
         """
-        times, amounts, duration = self.acting()
+        times, amounts, _ = self.acting()
         bolus = torch.where(self.duration > 0, 0.0, amounts)
         return self._at(ts, times, bolus, state_dim)
 
@@ -363,8 +366,8 @@ def _read_row(row: Sequence[Dose], names: tuple[str, ...] | None, where: str) ->
             raise DataError(f"{where}, dose {k}: expected an sd.Dose, got {type(dose).__name__}.")
         if dose.time < before:
             raise TimeError(
-                f"{where}, dose {k}: time {dose.time:g} comes after {before:g}. Sort the doses by time; those of a course "
-                "may overlap the next ones."
+                f"{where}, dose {k}: time {dose.time:g} comes after {before:g}. Sort the doses by time; those of a "
+                "course may overlap the next ones."
             )
         before = dose.time
         into = _compartment(dose.compartment, names, f"{where}, dose {k}")

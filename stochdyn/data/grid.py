@@ -232,9 +232,9 @@ def _merge(knots: Tensor, through: Tensor) -> tuple[Tensor, Tensor]:
     real = through.isfinite()
     bad = (real & ((through < knots[..., :1]) | (through > last))) | through.isnan()
     if bool(bad.any()):
-        got = through[bad][0]
+        got, first = through[bad][0], knots[..., :1].expand(bad.shape)[bad][0]
         raise TimeError(
-            f"`through` has time {show_time(got)}, but the grid goes from {show_time(knots[..., :1].expand(bad.shape)[bad][0])}"
+            f"`through` has time {show_time(got)}, but the grid goes from {show_time(first)}"
             f" to {show_time(last.expand(bad.shape)[bad][0])}. Start it earlier (start=), or leave the time out."
         )
     merged = torch.cat([knots, torch.where(real, through, last)], -1).sort(-1).values

@@ -23,13 +23,14 @@ class TriggeredJumps:
         values: time and trigger of each jump; unused rows have time inf.
         counts: the number of jumps.
         stopped: the time at which a terminal trigger ended the series, inf where none did.
-        accumulated: the time at which infinitely many jumps accumulate (Zeno), inf where they do not. The path keeps its
-            state from the last jump before it on.
+        accumulated: the time at which infinitely many jumps accumulate (Zeno), inf where they do not. The path keeps
+            its state from the last jump before it on.
 
     Example:
         >>> import torch, stochdyn as sd
         >>> once = sd.Trigger(lambda t, z: z[..., 0] - 2.0, terminal=True)
-        >>> z, jumps = sd.odeint(lambda t, z: z, torch.ones(1), torch.tensor([0.0, 1.0]), jumps=[once], return_jumps=True)
+        >>> ts = torch.tensor([0.0, 1.0])
+        >>> z, jumps = sd.odeint(lambda t, z: z, torch.ones(1), ts, jumps=[once], return_jumps=True)
         >>> jumps.times, jumps.triggers, jumps.stopped, z[-1]
         (tensor([0.6931], dtype=torch.float64), tensor([0]), tensor(0.6931, dtype=torch.float64), tensor([2.]))
     """

@@ -51,14 +51,14 @@ def odeint(
         gradient: `Direct()`, `Checkpointed()` or `Adjoint()`.
         context: (*batch, context_dim), or (*batch, time, context_dim): the row at a gap's start is used in it.
         jumps: `Trigger`s (where a condition on the state crosses zero), `Schedule`s (at known times) and `Doses`; each
-            series jumps at its own times, which are found to the solver's own error. A path has the state after the jump
-            at the time of one. With solvers of fixed steps, `Dopri5()` or `Tsit5()`, and `Direct()`.
+            series jumps at its own times, which are found to the solver's own error. A path has the state after the
+            jump at the time of one. With solvers of fixed steps, `Dopri5()` or `Tsit5()`, and `Direct()`.
         return_jumps: whether the jumps of the triggers are returned too.
         max_jumps: of one series; more are an error.
 
     Shapes:
-        (*batch, time, state), the batch being the broadcast of z0, ts, context and of what field, conditions and jump maps
-        return; with `return_jumps` this and a `TriggeredJumps`.
+        (*batch, time, state), the batch being the broadcast of z0, ts, context and of what field, conditions and jump
+        maps return; with `return_jumps` this and a `TriggeredJumps`.
 
     Raises:
         ShapeError, TimeError, FieldError, DtypeError: if the parts do not fit together, from one call of the field.

@@ -36,9 +36,9 @@ class Now:
 def replay(problem: Hybrid, plan: Plan) -> tuple[Tensor, TriggeredJumps]:
     """The same states and jumps as the plan's, with their gradients.
 
-    The time of a jump is g(t, z(t)) = 0 solved by Newton's method twice in the graph, from the time found: derivatives up
-    to the second order are those of the implicit function. The steps' lengths are constants, but for those that end at a
-    time of the path or at a jump.
+    The time of a jump is g(t, z(t)) = 0 solved by Newton's method twice in the graph, from the time found: derivatives
+    up to the second order are those of the implicit function. The steps' lengths are constants, but for those that end
+    at a time of the path or at a jump.
 
     Raises:
         JumpError: if a condition has no slope where it crosses.
@@ -74,7 +74,7 @@ def align(plan: Plan) -> Plan:
     """The same steps, laid out so that jumps of many series fall together: series wait at theirs for others.
 
     Example:
-        >>> kind = torch.tensor([[3, 0], [1, 3], [-1, 1]])  # one series jumps in its first step, the other in its second
+        >>> kind = torch.tensor([[3, 0], [1, 3], [-1, 1]])  # jumps in the first step, in the second
         >>> h, fired, none = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.long), torch.zeros(2, dtype=torch.long)
         >>> align(Plan(h, None, torch.tensor([[0, 0], [2, 3]]), h, kind, fired, none)).kind
         tensor([[ 3,  0],
@@ -116,8 +116,8 @@ def _check_slopes(problem: Hybrid, plan: Plan) -> None:
     which = int(plan.fired[(step, *series)])
     where = series[0] if len(series) == 1 else tuple(series) or 0
     raise JumpError(
-        f"series {where}, trigger {which}: the condition has no slope where it crosses zero, so the time of the jump has no "
-        "gradient. Make it cross smoothly (a distance, not a sign), or solve under torch.no_grad()."
+        f"series {where}, trigger {which}: the condition has no slope where it crosses zero, so the time of the jump "
+        "has no gradient. Make it cross smoothly (a distance, not a sign), or solve under torch.no_grad()."
     )
 
 

@@ -111,7 +111,8 @@ def read_schedules(
         FieldError, DtypeError: naming the schedule, by its position.
 
     Example:
-        >>> found, batches = read_schedules([Schedule(torch.ones(3, 2), lambda t, z: -z)], torch.zeros(1), torch.ones(1))
+        >>> turns = Schedule(torch.ones(3, 2), lambda t, z: -z)
+        >>> found, batches = read_schedules([turns], torch.zeros(1), torch.ones(1))
         >>> batches
         [torch.Size([3])]
     """
@@ -177,7 +178,7 @@ def check_window(name: str, times: Tensor, ts: Tensor) -> None:
     where = series[0] if len(series) == 1 else tuple(series)
     got = times.expand(bad.shape)[(*series, k)].item()
     raise TimeError(
-        f"{name}: series {where}, jump {k}: time {got:g} is {'before' if got < first else 'after'} the path, which goes "
-        f"from {first:g} to {last:g}. Begin the path earlier (TimeGrid(..., start=...)), or leave the jump out "
+        f"{name}: series {where}, jump {k}: time {got:g} is {'before' if got < first else 'after'} the path, which "
+        f"goes from {first:g} to {last:g}. Begin the path earlier (TimeGrid(..., start=...)), or leave the jump out "
         "(doses.until(time))."
     )

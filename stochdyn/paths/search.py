@@ -376,15 +376,16 @@ class Search:
     def lost(self, rows: Tensor, why: str) -> DivergedError:
         where, time, state = self.place(rows)
         return DivergedError(
-            f"series {where}, time {time:g}: {why}; the state was {state}. If the field explodes, bound it; if a condition "
-            "or the field jumps in time, put that time on the grid; else loosen rtol and atol, or take fixed steps."
+            f"series {where}, time {time:g}: {why}; the state was {state}. If the field explodes, bound it; if a "
+            "condition or the field jumps in time, put that time on the grid; else loosen rtol and atol, or take fixed "
+            "steps."
         )
 
     def crowded(self) -> PaddingError:
         where, time, _ = self.place(self.jumps > self.problem.max_jumps)
         return PaddingError(
-            f"series {where}, time {time:g}: more than max_jumps={self.problem.max_jumps} jumps. Raise max_jumps, or make "
-            "the jump map leave the surface."
+            f"series {where}, time {time:g}: more than max_jumps={self.problem.max_jumps} jumps. Raise max_jumps, or "
+            "make the jump map leave the surface."
         )
 
     def place(self, rows: Tensor) -> tuple[Any, float, list[float]]:

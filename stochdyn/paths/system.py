@@ -143,7 +143,8 @@ def read_jumps(
 def _check_halves(solver: AbstractODESolver) -> None:
     if isinstance(solver, Verlet):
         raise FieldError(
-            "odeint: infusions add their rates to the field, positions' too, which Verlet does not see. Use another solver."
+            "odeint: infusions add their rates to the field, positions' too, which Verlet does not see. Use another "
+            "solver."
         )
 
 
@@ -158,8 +159,8 @@ def check_gradient(gradient: AbstractGradient) -> None:
     """
     if not isinstance(gradient, Direct):
         raise FieldError(
-            f"odeint: with jumps the gradient is that of gradient=sd.Direct(), not of {type(gradient).__name__}: the steps "
-            "that were kept are run again with gradients."
+            f"odeint: with jumps the gradient is that of gradient=sd.Direct(), not of {type(gradient).__name__}: the "
+            "steps that were kept are run again with gradients."
         )
 
 

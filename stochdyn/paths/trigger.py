@@ -20,8 +20,8 @@ class Trigger:
 
     A crossing is one by the flow: from positive to negative (direction -1), from negative to positive (+1), either (0).
     What a jump map, or a scheduled jump, carries over the surface does not fire it. A path that touches the surface and
-    turns back does not fire it either. A start exactly on the surface that moves on in the direction fires at once; with
-    direction 0 there is no side it came from, and it does not.
+    turns back does not fire it either. A start exactly on the surface that moves on in the direction fires at once;
+    with direction 0 there is no side it came from, and it does not.
 
     Args:
         condition: `(t, z[, context])` -> (*batch,), one number for each series.

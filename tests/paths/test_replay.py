@@ -28,13 +28,12 @@ def test_second_derivatives_are_right():
     h, g, e = physics()
     _, jumps = bounces(h, g, e, 6.0)
     exact = bounce_times(h, g, e, 3)[-1]
-    for which in (jumps.times[2], exact):
-        (first,) = torch.autograd.grad(which, e, create_graph=True)
-        second = torch.autograd.grad(first, (h, g, e), retain_graph=True)
-        if which is exact:
-            assert all((a - b).abs() < 1e-6 for a, b in zip(second, seen, strict=True))
-        seen = second
-    assert seen[2].abs() > 1
+    found, wanted = (
+        torch.autograd.grad(torch.autograd.grad(t, e, create_graph=True)[0], (h, g, e), retain_graph=True)
+        for t in (jumps.times[2], exact)
+    )
+    assert all((a - b).abs() < 1e-6 for a, b in zip(found, wanted, strict=True))
+    assert wanted[2].abs() > 1
 
 
 def test_gradients_of_the_path_and_of_the_accumulation():
@@ -71,7 +70,7 @@ def test_by_a_level_a_start_and_a_network_in_the_condition():
 
 def test_the_replay_is_the_search():
     """The same numbers with and without gradients."""
-    h, g, e = physics()
+    _, g, e = physics()
     heights = torch.linspace(3, 12, 9, dtype=torch.float64)
     path, jumps = bounces(heights, g, e, 7.0, solver=sd.Dopri5(1e-9, 1e-11))
     with torch.no_grad():

@@ -51,7 +51,7 @@ def test_parameters_of_conditions_and_maps_make_a_batch():
 def test_slopes_along_the_flow():
     z, t = torch.randn(4, 2, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
     f = torch.randn_like(z).requires_grad_()
-    value, slope = slope_along(lambda t, z: (z[..., 0] * z[..., 1]).sin() + t[..., 0] ** 2, t, z, f)
+    _, slope = slope_along(lambda t, z: (z[..., 0] * z[..., 1]).sin() + t[..., 0] ** 2, t, z, f)
     wanted = (z[:, 0] * z[:, 1]).cos() * (f[:, 0] * z[:, 1] + f[:, 1] * z[:, 0]) + 2 * t[:, 0]
     assert (slope - wanted).abs().max() < 1e-12 and slope.requires_grad
     assert slope_along(lambda t, z: torch.ones(4), t, z, f)[1].tolist() == [0.0] * 4

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 
 import stochdyn as sd
 from stochdyn.solvers.pairs import stepper
