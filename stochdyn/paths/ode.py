@@ -18,7 +18,7 @@ from stochdyn.paths.checks import (
     lift,
 )
 from stochdyn.paths.drifts import in_time
-from stochdyn.paths.system import Jump, check_accumulation, check_gradient, read_jumps
+from stochdyn.paths.system import Jump, check_accumulation, check_direct, read_jumps
 from stochdyn.solvers import AbstractGradient, AbstractODESolver, Direct, Dopri5
 from stochdyn.solvers.gradients import Flow, check_gradient
 
@@ -98,7 +98,7 @@ def odeint(
         check_unambiguous(context, ts.shape[-1], batch)
     system = None
     if jumps is not None or return_jumps:
-        check_gradient(gradient)
+        check_direct(gradient)
         at = (lift(times, len(batch) + 1)[0].to(z0.dtype), z0.expand(*batch, z0.shape[-1]), first)
         system, batch = read_jumps(jumps or (), at, ts, max_jumps)
     if by_time is not None:

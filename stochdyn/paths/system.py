@@ -148,14 +148,14 @@ def _check_halves(solver: AbstractODESolver) -> None:
         )
 
 
-def check_gradient(gradient: AbstractGradient) -> None:
+def check_direct(gradient: AbstractGradient) -> None:
     """Refuse the gradients that cannot see jumps.
 
     Raises:
         FieldError: for all but `Direct()`.
 
     Example:
-        >>> check_gradient(Direct())
+        >>> check_direct(Direct())
     """
     if not isinstance(gradient, Direct):
         raise FieldError(
