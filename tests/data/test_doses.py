@@ -54,7 +54,11 @@ def test_oracle_of_three_boluses_and_of_the_steady_state():
     assert none.item() == 0.0  # a solver that does not see the doses
 
 
-@pytest.mark.parametrize("solver", [TIGHT, sd.RungeKutta4(400)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "solver",
+    [TIGHT, pytest.param(sd.RungeKutta4(400), marks=pytest.mark.slow)],
+    ids=lambda x: type(x).__name__,
+)
 def test_every_kind_of_event(solver):
     """Boluses, infusions that overlap, lag, bioavailability, a reset that stops an infusion: sums of closed forms."""
     doses = sd.Doses([

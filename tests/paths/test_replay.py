@@ -36,6 +36,7 @@ def test_second_derivatives_are_right():
     assert wanted[2].abs() > 1
 
 
+@pytest.mark.slow
 def test_gradients_of_the_path_and_of_the_accumulation():
     """By finite differences of the path, and in closed form for the Zeno time."""
     h, g, e = physics()
