@@ -80,8 +80,8 @@ def intervals(guide: sd.AmortizedGuide, data: sd.Series, draws: int) -> tuple[to
 def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     mpl.use("Agg")
     torch.set_num_threads(1)  # tensors this small are slower on several
-    data, rates = simulate(clinics=20, patients=10, seed=0)
-    new, new_rates = simulate(clinics=6, patients=10, seed=1)
+    data, rates = simulate(clinics=4 if smoke else 20, patients=10, seed=0)
+    new, new_rates = simulate(clinics=2 if smoke else 6, patients=10, seed=1)
     torch.manual_seed(0)
     guide = sd.AmortizedGuide(
         model, sd.SetEncoder(obs_dim=1, hidden=32), amortize={"rate": "patient", "clinic_level": "clinic"}

@@ -49,10 +49,10 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     torch.set_num_threads(1)  # tensors this small are slower on several
     data = sd.datasets.lynx_hare()
     guide = sd.AmortizedGuide(model)
-    fit = sd.fit(model, guide, data, steps=30 if smoke else 700, lr=0.02)
+    fit = sd.fit(model, guide, data, steps=10 if smoke else 700, lr=0.02)
     print(fit)
 
-    draws = 100 if smoke else 1000
+    draws = 50 if smoke else 1000
     idata = sd.to_arviz(fit, data, draws=draws, coords={"state": ["hare", "lynx"]})
     names = ["alpha", "beta", "gamma", "delta", "process_noise", "pelt_error"]
     posterior = {name: idata["posterior"][name].values[0] for name in names}
@@ -60,7 +60,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
 
     stats = idata["sample_stats"]
     print("Guide, with its paths:   ", sd.pareto_k((stats["lp"] - stats["log_q"]).values[0]))
-    evidence = sd.evidence(fit, data, draws=draws // 2, particles=20 if smoke else 100)
+    evidence = sd.evidence(fit, data, draws=draws // 2, particles=5 if smoke else 100)
     print("Guide, rates and noises: ", sd.pareto_k(evidence.importance.numpy()))
     print(f"log evidence {evidence.total:.2f}, ELBO {fit.elbo:.2f}")
 

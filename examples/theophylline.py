@@ -68,7 +68,9 @@ class Theophylline:
         error = pyro.sample("error", dist.LogNormal(-0.7, 0.5))
         doses = self.doses[batch.index]
         with batch.plate("patient"):
-            rates = pyro.sample("rates", dist.Normal(level, spread).to_event(1))
+            own = pyro.sample("own", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            rates = level + spread * own
+            pyro.deterministic("rates", rates.exp(), event_dim=1)
             curve = concentration(rates, lag.expand(rates.shape[:-1]), doses, batch.times)
             pyro.deterministic("curve", curve, event_dim=2)
             seen = dist.Normal(curve, error[..., None, None]).mask(batch.mask).to_event(2)
@@ -130,7 +132,7 @@ def smooth(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The posterior of each patient's curve between the measurements."""
     times = torch.cat([torch.linspace(0, 3, 31), torch.linspace(3.5, 24.5, 43)])
-    rates, lag = latents["rates"].reshape(draws, -1, 3), latents["lag"].reshape(draws, 1)
+    rates, lag = latents["rates"].log().reshape(draws, -1, 3), latents["lag"].reshape(draws, 1)
     with torch.no_grad():
         return times, concentration(rates, lag.expand(rates.shape[:-1]), doses, times)[..., 0]
 

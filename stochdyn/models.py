@@ -163,7 +163,7 @@ class LatentODE(nn.Module):
         options = {"solver": self.solver, "gradient": self.gradient, "context": context}
         with batch.plate("series"):
             zero = torch.zeros(self.state_dim, dtype=batch.values.dtype, device=batch.values.device)
-            z0 = pyro.sample("z0", dist.Normal(zero, 1.0).to_event(1))
+            z0 = pyro.sample("z0", dist.Normal(zero, torch.ones_like(zero)).to_event(1))
             z = pyro.deterministic("z", odeint(self.field, z0, grid.ts, **options), event_dim=2)
             batch.observe("y", self.decoder(z))
         return z

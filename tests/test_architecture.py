@@ -17,7 +17,7 @@ from stochdyn.errors import StochdynError
 ROOT = Path(__file__).parents[1]
 MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_POSITIONAL = 500, 60, 3, 6
 ORDER = (
-    {"errors", "shapes"},
+    {"errors", "shapes", "device"},
     {"likelihoods"},
     {"data"},
     {"fields"},

@@ -1,6 +1,7 @@
 """Every ready model trains on a GPU, and there it finds what it finds on a CPU."""
 
 import copy
+import warnings
 
 import pyro
 import pytest
@@ -8,7 +9,9 @@ import torch
 from pyro.infer import Trace_ELBO
 
 import stochdyn as sd
+from stochdyn.inference import loop
 from tests.test_models import waves
+from tests.test_synchronisation import CASES, Normal, Y, no_guide
 
 MODELS = {
     "latent SDE, messages": lambda: sd.LatentSDE(2, 2, hidden=8, noise=0.5),
@@ -58,3 +61,42 @@ def test_the_same_run_on_a_cpu_gains(name):
     torch.manual_seed(0)
     untrained = trained_loss(MODELS[name])
     assert trained(MODELS[name], "cpu") < untrained - 5
+
+
+def watched(monkeypatch, program, data, *, device, steps=20, **options):
+    """A fit in which torch raises where the host would wait, after the first steps, which are looked at."""
+    monkeypatch.setattr(loop, "VALIDATED_STEPS", 2)
+    take, first = loop.Trainer.take, 3 if "batch_size" in options else 2
+
+    def taken(trainer, *args, **kwargs):
+        done = take(trainer, *args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode is a prototype, and says so
+            # Until the end of the next step, the taking of its batch included.
+            torch.cuda.set_sync_debug_mode(
+                "error" if first <= trainer.fit.step < first + steps else "default"
+            )
+        return done
+
+    monkeypatch.setattr(loop.Trainer, "take", taken)
+    torch.manual_seed(0)
+    try:
+        return sd.fit(*program, data, steps=first + steps, device=device, progress=False, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", CASES)
+def test_no_step_waits_for_the_gpu(name, monkeypatch):
+    make, data, options = CASES[name]
+    fit = watched(monkeypatch, make(), data(), device="cuda", **options)
+    assert fit.skipped == 0
+    assert len(fit.losses) == fit.step > 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_that_looks_is_found():
+    """The control, with the model of the counting tests."""
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(RuntimeError, match="synchroni"):
+        watched(monkeypatch, (Normal(lambda call, y: float(y.sum())), no_guide), Y, device="cuda")

@@ -1,6 +1,7 @@
 """Covariates as inputs of a path: from the times at which they were given to the steps of a grid."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from stochdyn.data.checks import as_real, show_time
 from stochdyn.data.ragged import extended_ends, knots_of, merge_times, take_times
+from stochdyn.device import readable
 from stochdyn.errors import DataError, ShapeError
 
 if TYPE_CHECKING:
@@ -23,13 +25,13 @@ class Given:
         times: (series or 1, time), padding repeats the last.
         values: (series, time, covariate).
         knots: the same, True where a value was given; elsewhere it was carried there.
-        names: what each series is called in a message.
+        names: gives what each series is called in a message.
     """
 
     times: Tensor
     values: Tensor
     knots: Tensor
-    names: tuple[Any, ...]
+    names: Callable[[], tuple[Any, ...]]
 
     def around(self, ts: Tensor) -> tuple[Tensor, Tensor]:
         """(series, k, covariate) the positions of the last knot at or before `ts` (series or 1, k), and of the next.
@@ -47,10 +49,11 @@ class Given:
         following = torch.cat([following, torch.full_like(following[:, :1], points)], 1)
         at = torch.searchsorted(times, ts.contiguous(), right=True)
         before = take_times(last, (at - 1).clamp_min(0)).masked_fill(at[..., None] == 0, -1)
-        if bool((before < 0).any()):
+        if readable(before) and bool((before < 0).any()):
             i, k, c = (before < 0).nonzero()[0].tolist()
+            series = self.names()[i]
             raise DataError(
-                f"series {self.names[i]}, covariate {c}: the grid needs a value at time {show_time(ts[i, k])}, before "
+                f"series {series}, covariate {c}: the grid needs a value at time {show_time(ts[i, k])}, before "
                 "the first was given. A later value must not act there: give one at the start, e.g. "
                 "series.with_covariates(given, before=0.0)."
             )
@@ -161,7 +164,7 @@ def given_in(batch: "Series") -> Given:
         tensor([ True, False,  True])
     """
     times = batch.times.reshape(-1, batch.times.shape[-1])
-    return Given(times, batch.covariates, knots_of(batch), batch.ids)
+    return Given(times, batch.covariates, knots_of(batch), lambda: batch.ids)
 
 
 def attach(series: "Series", given: "Series", before: Any) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def attach(series: "Series", given: "Series", before: Any) -> dict[str, Any]:
     times, source, total = merge_times(series.times.expand(len(series), -1), series.lengths, extra)
     blank = series.values[:, :1].expand(-1, width, -1)
     unseen = torch.zeros_like(blank, dtype=torch.bool)
-    known = Given(times, *_at(times, total, given, before, series), series.ids)
+    known = Given(times, *_at(times, total, given, before, series), lambda: series.ids)
     return {
         "times": times[0] if shared else times,
         "values": take_times(torch.cat([series.values, blank], 1), source),

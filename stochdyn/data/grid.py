@@ -10,6 +10,7 @@ from torch import Tensor
 from stochdyn.data.checks import as_real, show_time
 from stochdyn.data.covariates import AbstractInterpolation, Carried, context_of
 from stochdyn.data.series import Series
+from stochdyn.device import readable
 from stochdyn.errors import ShapeError, TimeError
 from stochdyn.shapes import check_shape
 
@@ -173,6 +174,8 @@ def _check_knots(times: Tensor) -> None:
     """Fast where all is well: two numbers are read. The rest finds the words."""
     if times.numel() == 0:
         raise TimeError(f"`times` of shape {tuple(times.shape)} holds no time. Pass at least one.")
+    if not readable(times):
+        return
     if times.shape[-1] > 1:
         low, high = torch.aminmax(times.diff(dim=-1))
         if float(low) > 0 and float(high) < float("inf"):
@@ -213,7 +216,7 @@ def _prepend(times: Tensor, start: Tensor) -> Tensor:
         raise ShapeError(f"`start` must be a number or have shape {wanted}, got {got}. One per series.")
     times, start = times.expand(*batch, -1), start.expand(batch)
     bad = ~((start <= times[..., 0]) & start.isfinite())
-    if bool(bad.any()):
+    if readable(bad) and bool(bad.any()):
         got, first = float(start[bad][0]), float(times[..., 0][bad][0])
         raise TimeError(
             f"`start` must be a finite time at or before the first, got {show_time(got)} with first "

@@ -202,6 +202,11 @@ class Series:
         return self._of({**self.__dict__, **changes})
 
     @property
+    def device(self) -> torch.device:
+        """Where the data are."""
+        return self.values.device
+
+    @property
     def obs_dim(self) -> int:
         """The number of channels."""
         return self.values.shape[-1]

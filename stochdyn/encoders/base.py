@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.data import Series
+from stochdyn.device import readable
 from stochdyn.errors import ShapeError, TimeError
 
 Transform = Callable[[Tensor], Tensor]
@@ -119,7 +120,7 @@ class AbstractBackwardEncoder(AbstractEncoder):
         self._check(batch)
         inputs, times = self._inputs(batch), batch.times.expand(len(batch), -1)
         seen = batch.mask.any(-1)
-        if bool(seen.all()):
+        if readable(seen) and bool(seen.all()):
             return self.encode(self._rows(inputs.flip(1), times.flip(1), None)).flip(1)
         order, at = _backwards(seen)
         real = order >= 0
@@ -168,7 +169,7 @@ def _backwards(seen: Tensor) -> tuple[Tensor, Tensor]:
     position = torch.arange(seen.shape[1], device=seen.device).expand_as(seen)
     order = torch.where(seen, position, torch.full_like(position, -1)).sort(1, descending=True).values
     following = seen.flip(1).cumsum(1).flip(1)
-    rows = max(int(following[:, 0].max()), 1)
+    rows = max(int(following[:, 0].max()), 1) if readable(following) else seen.shape[1]
     return order[:, :rows], following - 1
 
 

@@ -14,17 +14,20 @@ from torch.distributions import biject_to
 from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import DivergedError, GuideError
 from stochdyn.guides.flow import Flow, JointFlow
+from stochdyn.guides.jumps import check_family, guided_jumps
 from stochdyn.guides.local_site import AmortizedLatents, Latent, pooled_scales
 from stochdyn.guides.marginals import Marginals, MarginalSite, in_use
 from stochdyn.guides.messages import AbstractPathFamily, FilterMessage, masked
 from stochdyn.guides.passes import (
     AsGuide,
+    LatentPath,
     PathReached,
     PathsWithoutNoise,
     Run,
     check_masked,
     emit_parameters,
     is_enumerated,
+    is_path,
     own_randomness,
     prior_mode,
     prior_runs,
@@ -35,7 +38,16 @@ from stochdyn.guides.posterior_drift import DriftSite, PosteriorDrift
 from stochdyn.guides.sites import FullRank, JointNormal, LocalNormal, MeanField, Start, prior_start
 from stochdyn.guides.smoother import Smoother, without_particles
 from stochdyn.guides.upstream import seen_by_path, series_of
-from stochdyn.paths import Compiled, GuidedPath, MarginalPath, Message, SDEPath, information_filter
+from stochdyn.paths import (
+    Compiled,
+    GuidedJumpPath,
+    GuidedPath,
+    JumpDiffusionPath,
+    MarginalPath,
+    Message,
+    SDEPath,
+    information_filter,
+)
 
 _serial = count()
 _PRIOR_RUNS = 8
@@ -182,7 +194,7 @@ class AmortizedGuide(nn.Module):
         for name, site in latents.items():
             place = Place.of(name, tuple(site["cond_indep_stack"]), members)
             with own_randomness():
-                if isinstance(site["fn"], SDEPath):
+                if is_path(site["fn"]):
                     seen = [s for s in starts.values() if seen_by_path(s.place, place, batch)]
                     features = sum(s.loc.shape[-1] for s in seen)
                     self._set_up_path(name, site["fn"], place, features, run)
@@ -215,19 +227,24 @@ class AmortizedGuide(nn.Module):
                 self.joint = JointNormal.begin(joint, self.latents)
             self.joint.arrange({name: start.loc.shape[-1] for name, start in joint.items()})
 
-    def _set_up_path(self, name: str, prior: SDEPath, place: Place, upstream: int, run: Run) -> None:
+    def _set_up_path(self, name: str, prior: LatentPath, place: Place, upstream: int, run: Run) -> None:
         if key_of(name) not in self.paths:
             self.paths[key_of(name)] = self._new_path_site(prior, place, upstream, run)
 
-    def _new_path_site(self, prior: SDEPath, place: Place, upstream: int, run: Run) -> nn.Module:
+    def _new_path_site(self, prior: LatentPath, place: Place, upstream: int, run: Run) -> nn.Module:
+        if isinstance(prior, JumpDiffusionPath):
+            check_family(self.family, place.name)
+            return PathSite.begin(self.family, prior, place, self._features(upstream), self.hidden)
         encoded = 0 if self.encoder is None else self.encoder.hidden
         if isinstance(self.family, PosteriorDrift):
             return DriftSite.begin(self.family, prior, encoded + upstream, encoded)
         if isinstance(self.family, Marginals):
             sizes = (encoded, upstream, self.hidden) if encoded else None
             return MarginalSite.begin(self.family, prior, place, run, sizes)
-        features = encoded + 2 + upstream if encoded else None
-        return PathSite.begin(self.family, prior, place, features, self.hidden)
+        return PathSite.begin(self.family, prior, place, self._features(upstream), self.hidden)
+
+    def _features(self, upstream: int) -> int | None:
+        return None if self.encoder is None else self.encoder.hidden + 2 + upstream
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for group, kind in (("paths", _path_site_kind), ("locals", lambda _: LocalNormal)):
@@ -257,7 +274,7 @@ class AmortizedGuide(nn.Module):
     def _posterior(
         self, name: str, prior: dist.TorchDistribution, place: Place, run: Run
     ) -> dist.TorchDistribution:
-        if isinstance(prior, SDEPath):
+        if isinstance(prior, LatentPath):
             return self._guided(name, prior, place, run)
         if self.joint is not None and name in self.joint.slices:
             return self.joint.posterior(name, prior, run.residuals)
@@ -289,7 +306,7 @@ class AmortizedGuide(nn.Module):
     def _sampled(self, name: str, q: Any, value: Tensor, place: Place, run: Run) -> None:
         if isinstance(q, MarginalPath):
             return
-        if not isinstance(q, GuidedPath):
+        if not isinstance(q, GuidedPath | GuidedJumpPath):
             if self.joint is not None and name in self.joint.slices:
                 run.residuals.add(q, value)
             run.features[name] = q.free(value)
@@ -301,7 +318,9 @@ class AmortizedGuide(nn.Module):
 
     # Messages.
 
-    def _guided(self, name: str, prior: SDEPath, place: Place, run: Run) -> GuidedPath | MarginalPath:
+    def _guided(
+        self, name: str, prior: LatentPath, place: Place, run: Run
+    ) -> GuidedPath | GuidedJumpPath | MarginalPath:
         site = self._path_site(name)
         if isinstance(site, DriftSite):
             return site.guided(self.encoder, prior, place, run, self.loop)
@@ -312,7 +331,8 @@ class AmortizedGuide(nn.Module):
             if name not in run.potentials:
                 raise PathReached(name, prior, place)
             potential, around = run.potentials[name]
-            base = information_filter(prior, potential, around)
+            if isinstance(prior, SDEPath):
+                base = information_filter(prior, potential, around)
         elif self.encoder is not None:
             around = site.centre
         else:
@@ -327,6 +347,10 @@ class AmortizedGuide(nn.Module):
         else:
             reading = site.read(self.encoder, prior, place, run)
             (numbers, seen_by_score), valid = site.encoded_numbers(reading), reading.valid
+        if isinstance(prior, JumpDiffusionPath):
+            return guided_jumps(
+                prior, self.family, run.potentials[name], site.unit, (numbers, seen_by_score), valid
+            )
         build = self.family.build
         message = masked(build(numbers, site.unit, around, base), valid)
         score = masked(build(seen_by_score, site.unit, around, base), valid)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stochdyn.device import lowest_eigenvalue
 from stochdyn.paths import Message
 
 
@@ -45,6 +46,6 @@ def _grad(value: Tensor, z: Tensor, create_graph: bool = True) -> Tensor:
 def _semidefinite(J: Tensor) -> Tensor:
     """Shift the spectrum up by its most negative eigenvalue."""
     J = 0.5 * (J + J.mT)
-    lowest = torch.linalg.eigvalsh(J.detach())[..., 0] if J.shape[-1] > 1 else J.detach()[..., 0, 0]
+    lowest = lowest_eigenvalue(J.detach())
     eye = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
     return J + (-lowest).clamp(min=0)[..., None, None] * eye

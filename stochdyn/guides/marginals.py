@@ -9,6 +9,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 from stochdyn.data import Series
+from stochdyn.device import cholesky, readable
 from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import GuideError
 from stochdyn.guides.messages import AbstractPathFamily
@@ -73,6 +74,7 @@ class MarginalSite(nn.Module):
         self, state: int, tables: tuple[Tensor, Tensor] | None, sizes: tuple[int, int, int] | None
     ) -> None:
         super().__init__()
+        self._most = 0  # knots per series, in the data met so far
         self.state, self.sizes = state, sizes
         per_knot, per_gap = numbers(state)
         if tables is not None:
@@ -146,7 +148,9 @@ class MarginalSite(nn.Module):
             GuideError: without a `Series`, or (without an encoder) for data that it was not trained on.
         """
         batch = series_around(place, run.args)
-        times, index, observed = knots_of(batch, prior)
+        times, index, observed = knots_of(batch, prior, self._most)
+        if readable(times):
+            self._most = max(self._most, times.shape[-1])
         if encoder is None:
             knot, gap = self._rows(batch, place, times.shape[-1])
         else:
@@ -161,17 +165,20 @@ class MarginalSite(nn.Module):
         slopes = gap[..., : 2 * n].unflatten(-1, (2, n)) * unit
         M = gap[..., 2 * n :].unflatten(-1, (n, n))
         coupling = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(M @ M.mT + torch.eye(n, dtype=M.dtype, device=M.device)), M, upper=False
+            cholesky(M @ M.mT + torch.eye(n, dtype=M.dtype, device=M.device)), M, upper=False
         )
         return Knots(times, self.centre + unit * knot[..., :n], unit[:, None] * L, slopes, coupling)
 
     def _rows(self, batch: Series, place: Place, points: int) -> tuple[Tensor, Tensor]:
         knot, gap = place.take(self.knot_numbers, 2), place.take(self.gap_numbers, 2)
         stored, found = place.take(self.signature, 0), series_signature(batch).to(self.signature.device)
+        own = (same(stored, found) | stored.isnan()).all()
+        if not readable(own):
+            return torch.where(own, knot, torch.nan)[..., :points, :], gap[..., : points - 1, :]
         if self.training and bool(stored.isnan().any()):
             place.put(self.signature, found, 0)
-            stored = found
-        if points > knot.shape[-2] or not bool((same(stored, found) | stored.isnan()).all()):
+            own = torch.ones_like(own)
+        if points > knot.shape[-2] or not bool(own):
             raise GuideError(
                 f"path site '{place.name}': a guide without an encoder knows only the series that it was trained on, "
                 "and these are other data (or it first ran on a part of them: call it once on all). Use "
@@ -220,8 +227,11 @@ class Forwards(nn.Module):
 
 def _picked(encoding: Tensor, index: Tensor) -> Tensor:
     """The rows (series, knot) of an encoding (series, time, ...)."""
-    if index.shape[1] == encoding.shape[1] and bool((index == torch.arange(index.shape[1]).to(index)).all()):
-        return encoding  # every time is a knot: no copy
+    points = index.shape[1]
+    if points == encoding.shape[1] and readable(index):
+        in_order = index == torch.arange(points, device=index.device)
+        if bool(in_order.all()):
+            return encoding  # every time is a knot: no copy
     return encoding.gather(1, index[..., None].expand(*index.shape, encoding.shape[-1]))
 
 
@@ -230,11 +240,17 @@ def numbers(state: int) -> tuple[int, int]:
     return 2 * state + state * (state - 1) // 2, 2 * state + state * state
 
 
-def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:
+def knots_of(batch: Series, prior: SDEPath, most: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Where the knots are: the path's first time, and the times at which something is observed.
 
     A series whose first observation is at its path's first time has one knot there, whatever the other series have:
     with two at one time the start would be charged at the first, and the likelihood read off the second.
+
+    Args:
+        batch: the series.
+        prior: the path.
+        most: knots of the series with most of them, 0 if that is not known: there are that many where numbers may not
+            be looked at.
 
     Returns:
         times (series, knot), padded by repeats of the last; the position of each in the batch's times; for every time
@@ -246,7 +262,7 @@ def knots_of(batch: Series, prior: SDEPath) -> tuple[Tensor, Tensor, Tensor]:
     own = batch.times.expand(len(batch), -1)
     first = prior.ts.expand(len(batch), -1)[:, :1].to(own.device)
     early = (first < own.gather(1, order[:, :1])).to(torch.int64)
-    columns = max(int((count + early[:, 0]).max()), 2)
+    columns = max(int((count + early[:, 0]).max()), 2) if readable(count) else most or seen.shape[1] + 1
     places = torch.arange(columns, device=seen.device) - early
     places = torch.minimum(places.clamp(min=0), count[:, None] - 1)
     index = order.gather(1, places)

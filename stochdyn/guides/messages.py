@@ -139,7 +139,7 @@ class FreeMessage(AbstractMessageFamily):
         if self.rank == 0:
             return Message(root.square() * loc, root.square())
         if self.rank is None:
-            i, j = torch.tril_indices(state, state, -1)
+            i, j = torch.tril_indices(state, state, -1, device=root.device)
             L = torch.diag_embed(root)
             L[..., i, j] = extra / unit[i]
             J = L @ L.mT

@@ -24,7 +24,9 @@ from stochdyn.errors import DivergedError, GuideError
 from stochdyn.guides.plates import Place
 from stochdyn.guides.sites import Residuals
 from stochdyn.guides.upstream import for_path, seen_by_path, series_of
-from stochdyn.paths import Message, SDEPath
+from stochdyn.paths import JumpDiffusionPath, Message, SDEPath
+
+LatentPath = SDEPath | JumpDiffusionPath
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Run:
 class PathReached(BaseException):
     """Leaves the model at a path site whose messages are not there yet."""
 
-    def __init__(self, name: str, prior: SDEPath, place: Place) -> None:
+    def __init__(self, name: str, prior: LatentPath, place: Place) -> None:
         super().__init__(name)
         self.name, self.prior, self.place = name, prior, place
 
@@ -148,7 +150,7 @@ class Given(Messenger):
             msg.update(value=self.fixed[name], done=True)
         elif is_enumerated(msg):
             msg.update(value=likeliest(msg["fn"]), done=True)
-        elif isinstance(msg["fn"], SDEPath):
+        elif is_path(msg["fn"]):
             msg.update(value=prior_mode(msg["fn"]), done=True)
         else:
             value = self.median(
@@ -175,14 +177,14 @@ def prior_runs(model: Callable[..., Any], run: Run, count: int) -> list[dict[str
 def is_free_latent(site: dict[str, Any]) -> bool:
     """Whether a site is a latent that is neither a path nor enumerated."""
     hidden = site["is_observed"] or site_is_subsample(site) or is_enumerated(site)
-    return not hidden and not isinstance(site["fn"], SDEPath)
+    return not hidden and not is_path(site["fn"])
 
 
 class PathsWithoutNoise(Messenger):
     """Gives every path its prior's path without noise, so that a first run cannot diverge by chance."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if isinstance(msg["fn"], SDEPath) and not msg["is_observed"]:
+        if is_path(msg["fn"]) and not msg["is_observed"]:
             value = prior_mode(msg["fn"])
             msg["fn"].chain.check_finite(value)
             msg.update(value=value, done=True)
@@ -218,9 +220,19 @@ def _is_masked(fn: Any) -> bool:
     return True
 
 
-def prior_mode(path: SDEPath, message: Message | None = None) -> Tensor:
+def is_path(fn: object) -> bool:
+    """Whether a distribution is a path that a guide samples."""
+    return isinstance(fn, LatentPath)
+
+
+def smooth(path: LatentPath) -> SDEPath:
+    """The path without jumps that has the same mean and variance: where a guide looks first."""
+    return path.matched if isinstance(path, JumpDiffusionPath) else path
+
+
+def prior_mode(path: LatentPath, message: Message | None = None) -> Tensor:
     """The path without noise, twisted by a message if there is one: (*batch, time, state)."""
-    guided = path.guided(message)
+    guided = smooth(path).guided(message)
     chain = guided.chain
     zeros = torch.zeros(
         chain.steps + 1, *chain.batch_shape, chain.state_dim, dtype=chain.dtype, device=chain.device

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.data import Series
+from stochdyn.device import readable
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.guides.control import ControlNet
 from stochdyn.guides.messages import AbstractMessageFamily
-from stochdyn.guides.passes import Run
+from stochdyn.guides.passes import LatentPath, Run, smooth
 from stochdyn.guides.plates import Place
 from stochdyn.guides.signature import same, series_signature
 from stochdyn.guides.sites import centre_and_spread
 from stochdyn.guides.upstream import beside, series_around
-from stochdyn.paths import SDEPath
 
 _DRAWS = 50
 
@@ -37,9 +37,9 @@ class Head(nn.Sequential):
         return self
 
 
-def prior_scale(prior: SDEPath) -> tuple[Tensor, Tensor]:
+def prior_scale(prior: LatentPath) -> tuple[Tensor, Tensor]:
     """Median and spread of every state of a path, (state,) each, over its times and some draws."""
-    draws = prior.guided()
+    draws = smooth(prior).guided()
     draws._validate_args = False  # a prior may explode; what stays finite tells the scale
     rows = draws.rsample((math.ceil(_DRAWS / max(prior.batch_shape.numel(), 1)),)).flatten(0, -2)
     return centre_and_spread(rows[torch.isfinite(rows).all(-1)])
@@ -83,7 +83,12 @@ class PathSite(nn.Module):
 
     @classmethod
     def begin(
-        cls, family: AbstractMessageFamily, prior: SDEPath, place: Place, features: int | None, hidden: int
+        cls,
+        family: AbstractMessageFamily,
+        prior: LatentPath,
+        place: Place,
+        features: int | None,
+        hidden: int,
     ) -> "PathSite":
         """A new one; `features` is None without an encoder.
 
@@ -137,7 +142,10 @@ class PathSite(nn.Module):
         if not place.fits(self.seen, 0) or ts.shape[-1] > self.grid.shape[-1]:
             return None
         known = self._own(place, signature) & (self._grid(ts, place) == ts.to(self.grid.device)).all(-1)
-        return place.take(self.around, 2)[..., : ts.shape[-1], :].clone() if bool(known.all()) else None
+        around = place.take(self.around, 2)[..., : ts.shape[-1], :].clone()
+        if not readable(known):
+            return torch.where(known[..., None, None], around, torch.nan)
+        return around if bool(known.all()) else None
 
     def _own(self, place: Place, signature: Tensor) -> Tensor:
         """Which members of this run have their own data, up to rounding."""
@@ -185,16 +193,19 @@ class PathSite(nn.Module):
 
     def follow(self, z: Tensor, ts: Tensor, place: Place, rate: float) -> None:
         """Move the running estimate towards sampled paths (*particles, *batch, time, state)."""
-        if self._trouble(ts, place) or not bool((self._grid(ts, place) == ts.to(self.grid.device)).all()):
+        if self._trouble(ts, place):
             return
         stored = place.take(self.around, 2)
         z = z.detach()
         z = z.reshape(-1, *z.shape[z.dim() - stored.dim() :]).mean(0)
-        if torch.isfinite(z).all():
-            points = z.shape[-2]
-            moved = stored.clone()
-            moved[..., :points, :] += rate * (z - stored[..., :points, :])
-            place.put(self.around, moved, 2)
+        fits = (self._grid(ts, place) == ts.to(self.grid.device)).all() & torch.isfinite(z).all()
+        if readable(fits) and not fits:
+            return
+        points = z.shape[-2]
+        moved = stored.clone()
+        step = torch.where(fits, rate * (z - stored[..., :points, :]), torch.zeros_like(z))
+        moved[..., :points, :] += step
+        place.put(self.around, moved, 2)
 
     def table_numbers(
         self, ts: Tensor, place: Place, signature: Tensor, learning: bool
@@ -208,7 +219,7 @@ class PathSite(nn.Module):
             raise GuideError(
                 f"path site '{place.name}': this guide was trained with an encoder, and has none now."
             )
-        if not bool(self.seen.any()):
+        if readable(self.seen) and not bool(self.seen.any()):
             start = self.numbers[(0,) * (self.plates + 1)].expand(ts.shape[-1], -1)
             return start, torch.ones(ts.shape[-1], dtype=torch.bool, device=start.device)
         if not learning:
@@ -216,7 +227,8 @@ class PathSite(nn.Module):
         table, stored = place.take(self.numbers, 2), place.take(self.grid, 1)
         points = ts.shape[-1]
         ts = ts.to(stored.device).expand(*stored.shape[:-1], -1)
-        if points <= stored.shape[-1] and bool((stored[..., :points] == ts).all()):
+        known = readable(stored) and points <= stored.shape[-1]
+        if known and bool((stored[..., :points] == ts).all()):
             return table[..., :points, :], torch.ones(ts.shape, dtype=torch.bool, device=ts.device)
         at = torch.searchsorted(stored.contiguous(), ts.contiguous()).clamp(max=stored.shape[-1] - 1)
         picked = table.gather(-2, at[..., None].expand(*at.shape, table.shape[-1]))
@@ -234,7 +246,7 @@ class PathSite(nn.Module):
                 "new guide."
             )
 
-    def read(self, encoder: AbstractEncoder, prior: SDEPath, place: Place, run: Run) -> "Reading":
+    def read(self, encoder: AbstractEncoder, prior: LatentPath, place: Place, run: Run) -> "Reading":
         """What the networks of this site get in a run.
 
         Raises:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.data import Series
+from stochdyn.device import readable
 from stochdyn.errors import GuideError
 from stochdyn.guides.signature import same, series_signature
 
@@ -57,8 +58,9 @@ class Summaries(nn.Module):
         """
         signature, position = series_signature(batch), _positions(batch)
         absent = position < 0
-        stored = self._stored(batch, encoding, signature) if bool(absent.any()) else None
-        if bool(absent.any()) and stored is None:
+        part = bool(absent.any()) if readable(absent) else len(batch) < batch.population
+        stored = self._stored(batch, encoding, signature) if part else None
+        if part and stored is None:
             raise GuideError(
                 f"This run holds {len(batch)} of {batch.population} series, and the posterior of a group reads all its "
                 f"members: {int(absent.sum())} of the others have no encoding yet. Call the guide once on the whole "
@@ -78,9 +80,13 @@ class Summaries(nn.Module):
             at_hand = torch.zeros_like(known)
             at_hand[batch.index] = True
             own = same(checksums[batch.index], signature) | ~known[batch.index]
-            if bool((known | at_hand).all() and known.any() and own.all()):
-                fresh = encoding.detach()[_positions(batch).clamp(min=0)].to(rows)
-                return torch.where(known[:, None], rows, fresh)
+            whole = (known | at_hand).all() & known.any() & own.all()
+            fresh = encoding.detach()[_positions(batch).clamp(min=0)].to(rows)
+            filled = torch.where(known[:, None], rows, fresh)
+            if not readable(whole):
+                return torch.where(whole, filled, torch.nan)
+            if whole:
+                return filled
         return None
 
     def _write(self, batch: Series, encoding: Tensor, signature: Tensor, whole: bool) -> None:

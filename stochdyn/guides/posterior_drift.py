@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stochdyn.device import readable
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
 from stochdyn.fields import Field, NeuralField, evaluate
@@ -50,7 +51,8 @@ class DriftSite(nn.Module):
     def __init__(self, drift: NeuralField, start: nn.Linear, reduce: nn.Linear | None, plates: int) -> None:
         super().__init__()
         self.drift, self.start, self.reduce = drift, start, reduce
-        self.register_buffer("dims", torch.tensor(plates))
+        self.register_buffer("dims", torch.tensor(plates, device=start.weight.device))
+        self.plates = plates  # the number of batch dimensions that are not particles
 
     @classmethod
     def begin(cls, family: PosteriorDrift, prior: SDEPath, features: int, encoded: int) -> "DriftSite":
@@ -84,11 +86,6 @@ class DriftSite(nn.Module):
         reduce = nn.Linear(*reversed(state["reduce.weight"].shape)) if "reduce.weight" in state else None
         return cls(drift, nn.Linear(size, numbers), reduce, int(state["dims"])).to(weights[0])
 
-    @property
-    def plates(self) -> int:
-        """The number of batch dimensions that are not particles."""
-        return int(self.dims)
-
     def guided(
         self,
         encoder: AbstractEncoder | None,
@@ -120,7 +117,7 @@ class DriftSite(nn.Module):
         score = masked(self._message(_detached(self.start), scored), valid[..., :1])
         context, scored, valid = shifted(context, -2), shifted(scored, -2), shifted(valid, -1)
         drift: Field = self.drift
-        if not bool(valid.all()):
+        if not readable(valid) or not bool(valid.all()):
             drift = Until(self.drift, prior)
             loop = None  # the drift is new in every run, so a compiled loop would compile it anew
             rest = [*own_context(prior), valid[..., None].to(context)]
@@ -161,7 +158,8 @@ def own_context(prior: SDEPath) -> list[Tensor]:
 
 
 def _detached(linear: nn.Linear) -> nn.Module:
-    out = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    out = nn.Linear(linear.in_features, linear.out_features, **like)
     out.weight, out.bias = (
         nn.Parameter(p.detach(), requires_grad=False) for p in (linear.weight, linear.bias)
     )

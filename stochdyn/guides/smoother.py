@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stochdyn.errors import GuideError
 from stochdyn.guides.linearise import likelihood_message
-from stochdyn.guides.passes import Given, PathReached, Run, observed_sites, prior_mode
+from stochdyn.guides.passes import Given, PathReached, Run, observed_sites, prior_mode, smooth
 from stochdyn.guides.plates import Place
 from stochdyn.paths import Message, information_filter
 
@@ -59,7 +59,7 @@ class Smoother:
         around = without_particles(prior_mode(prior), plates)
         for _ in range(self.refine):
             everywhere = self.expanded(around, run)
-            message = information_filter(prior, self.likelihood(reached, everywhere, run), everywhere)
+            message = information_filter(smooth(prior), self.likelihood(reached, everywhere, run), everywhere)
             path = without_particles(prior_mode(prior, message), plates)
             if not torch.isfinite(path).all():
                 break

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution, biject_to
 from torch.distributions.transforms import ComposeTransform, Transform
 
+from stochdyn.device import cholesky
 from stochdyn.guides.latent import LatentNormal
 from stochdyn.guides.sites import free_shape
 from stochdyn.paths.noise import FullTwist, matvec
@@ -107,10 +108,10 @@ def _product(base: GaussianBase, message: NaturalMessage) -> tuple[Tensor, Tenso
     G = torch.diag_embed(G) if base.diagonal else G
     congruence = G.mT @ J @ G
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    twist = FullTwist(torch.linalg.cholesky(congruence + eye))
+    twist = FullTwist(cholesky(congruence + eye))
     loc = a + matvec(G, twist.smooth(matvec(G.mT, h - matvec(J, a))))
     W = torch.linalg.solve_triangular(twist.C, G.mT.expand(congruence.shape), upper=False)
-    return loc, torch.linalg.cholesky(W.mT @ W)
+    return loc, cholesky(W.mT @ W)
 
 
 def _unwrapped(prior: Distribution) -> tuple[Distribution | None, list[Transform]]:

@@ -74,12 +74,31 @@ def batches(data: Any, batch_size: int | None, generator: torch.Generator) -> It
 
     def collate(chosen: list[int]) -> tuple:
         index = torch.tensor(chosen)
-        return tuple(part[index] for part in arguments(data))
+        return tuple(part[_sent(index, part)] for part in arguments(data))
 
     loader = DataLoader(
         range(rows), batch_size=batch_size, shuffle=True, generator=generator, collate_fn=collate
     )
     return chain.from_iterable(repeat(loader))
+
+
+def steps_per_pass(data: Any, batch_size: int | None) -> int:
+    """How many batches hold all data once.
+
+    Example:
+        >>> import torch
+        >>> steps_per_pass(torch.zeros(5), 2), steps_per_pass(torch.zeros(5), None)
+        (3, 1)
+    """
+    return 1 if batch_size is None else -(-_rows(data) // batch_size)
+
+
+def _sent(index: torch.Tensor, part: Any) -> torch.Tensor:
+    """The index where the data are, sent there without waiting."""
+    device = part.device if isinstance(part, torch.Tensor) else getattr(part, "device", index.device)
+    if torch.device(device).type == "cuda":
+        index = index.pin_memory()
+    return index.to(device, non_blocking=True)
 
 
 def _rows(data: Any) -> int:

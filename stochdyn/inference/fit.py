@@ -7,7 +7,7 @@ import torch
 from stochdyn.errors import FitError
 from stochdyn.inference import scopes
 from stochdyn.inference.aggressive import Aggressive, Phase
-from stochdyn.inference.batches import batches, moved, population
+from stochdyn.inference.batches import batches, moved, population, steps_per_pass
 from stochdyn.inference.loop import Monitor, Settings, Trainer, train
 from stochdyn.inference.multistart import Multistart, search
 from stochdyn.inference.objective import ELBO, AbstractObjective, Program
@@ -103,7 +103,8 @@ def fit(
             return result
         trainer = Trainer(result, settings)
         phase = None if aggressive is None else Phase(aggressive, data if validate is None else validate)
-        train(trainer, stream, steps, monitor=monitor, progress=progress, phase=phase)
+        first = steps_per_pass(data, batch_size)
+        train(trainer, stream, steps, monitor=monitor, progress=progress, phase=phase, first_pass=first)
     return result
 
 

@@ -4,25 +4,37 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from stochdyn.device import without_waiting
 from stochdyn.errors import DivergedError, FitError
 from stochdyn.inference import scopes
 from stochdyn.inference.aggressive import Phase
 from stochdyn.inference.batches import arguments, population
 from stochdyn.inference.diagnosis import diagnose
 from stochdyn.inference.objective import AbstractObjective, weighted
-from stochdyn.inference.parameters import Parameters, Part, restore_buffers, save_buffers
+from stochdyn.inference.outcomes import Clip, Outcomes, Step
+from stochdyn.inference.parameters import (
+    Buffers,
+    Parameters,
+    Part,
+    restore_buffers,
+    restore_buffers_where,
+    save_buffers,
+)
 from stochdyn.inference.result import Fit
 from stochdyn.inference.schedule import Schedule, value_at
 
 PATIENCE = 10
 VALIDATED_STEPS = 10
+BLOCK = 50
 _NUMERIC = re.compile(r"\b(nan|inf|infinite|non-finite|not finite|invalid values|within the support)\b", re.I)
 
 
@@ -42,37 +54,15 @@ class Settings:
     clip_norm: float | None = 10.0
 
 
-class Clip:
-    """The longest gradient to accept: a multiple of the recent average length.
-
-    A fixed length would bias the result: gradients of a sum over series grow with the number of series, and
-    what is clipped at every step no longer averages to zero at the optimum.
-
-    Example:
-        >>> clip = Clip(10.0)
-        >>> clip.limit()
-        inf
-        >>> clip.record(3.0)
-        >>> clip.limit()
-        30.0
-    """
-
-    def __init__(self, factor: float | None) -> None:
-        self._factor = factor
-        self._typical: float | None = None
-
-    def limit(self) -> float:
-        return self._factor * self._typical if self._factor and self._typical else math.inf
-
-    def record(self, length: float) -> None:
-        self._typical = length if self._typical is None else 0.95 * self._typical + 0.05 * length
-
-
 class Trainer:
     """Takes one step at a time and writes the record into a `Fit`.
 
     A step whose loss or gradient is not finite, or in which a path diverges, leaves parameters and buffers
     as they were and is counted. Ten in a row end the training.
+
+    With a `block` of more than one, for an accelerator, the host does not wait for a step: the device decides whether
+    the step is taken, and losses are read a block at a time (`settle` reads what there is). Ten steps that were not
+    finite are then noticed at most a block late.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -97,12 +87,14 @@ class Trainer:
         self.parameters = Parameters({"model": fit.model, "guide": fit.guide})
         self.parameters.collect()
         self.worked = False
+        self._args: tuple = ()
+        self._waiting = Outcomes(block=1)
         self._clips: dict[Part | None, Clip] = {}
         self._complete = False
         self._failures = 0
 
     def take(self, args: tuple, part: Part | None = None, *, counts: bool = True) -> float | None:
-        """One step, and its loss; None where it was not finite.
+        """One step, and its loss; None where it was not finite, or is not read yet.
 
         Args:
             args: of model and guide.
@@ -115,44 +107,93 @@ class Trainer:
         buffers = save_buffers(self.parameters.modules)
         weight = value_at(self.settings.kl_weight, self.fit.step, "kl_weight")
         self.settings.objective.check_weight(weight)
-        loss = None
+        step, loss, self._args = Step(self.fit.step, weight, counts), None, args
         try:
-            loss = self._attempt(args, weight, part)
+            if self.block > 1:
+                self._queue(args, step, part, buffers)
+            else:
+                loss = self._attempt(args, weight, part)
         except BaseException as error:
             restore_buffers(buffers)
             self.parameters.clear_gradients()
             if not self._is_numeric(error):
                 raise
-            self._skip(args, error, counts)
+            self._count(counts)
+            self.settle()
+            self._skip(error, step)
         else:
-            self.worked, self._failures = True, 0
-            if counts:
-                self.fit.losses.append(loss)
-                self.fit.kl_weights.append(weight)
-        self._count(counts)
+            self._count(counts)
+            if loss is not None:
+                self._accept(step, loss)
+            if self._waiting.due:
+                self.settle()
         return loss
+
+    @property
+    def block(self) -> int:
+        """How many steps are read at a time."""
+        return self._waiting.block
+
+    def read_every(self, block: int) -> None:
+        """Read losses after so many steps, one by one where parameters are on no accelerator that can do without."""
+        self._waiting.block = block if self.parameters.accelerated else 1
+
+    def settle(self) -> None:
+        """Read what is not read yet.
+
+        Raises:
+            FitError: The tenth step in a row was not finite.
+        """
+        for outcome in self._waiting.read():
+            if outcome.error is None:
+                self._accept(outcome.step, outcome.loss)
+            else:
+                self._skip(outcome.error, outcome.step)
+
+    def _accept(self, step: Step, loss: float) -> None:
+        self.worked, self._failures = True, 0
+        if step.counts:
+            self.fit.losses.append(loss)
+            self.fit.kl_weights.append(step.weight)
 
     def _count(self, counts: bool) -> None:
         self.fit.step += counts
         self.fit.inner += not counts
 
-    def _attempt(self, args: tuple, weight: float, part: Part | None) -> float:
-        lr = value_at(self.settings.lr, self.fit.step, "lr")
+    def _gradient(self, args: tuple, weight: float, part: Part | None) -> Tensor:
         self.parameters.clear_gradients()
         loss = self._loss(args, weight)
         loss.backward()
         if part is not None:
             self.parameters.keep(part)
+        return loss.detach()
+
+    def _queue(self, args: tuple, step: Step, part: Part | None, buffers: Buffers) -> None:
+        """A step that the device takes if it is finite; the host does not wait."""
+        lr = value_at(self.settings.lr, step.number, "lr")
+        loss = self._gradient(args, step.weight, part)
+        clip = self._clips.setdefault(part, Clip(self.settings.clip_norm))
+        limit = clip.limit()
+        norm = self.parameters.clip(limit)
+        accepted = torch.isfinite(loss) & torch.isfinite(norm * norm)
+        clip.record_if(accepted, norm.clamp(max=limit))
+        self.parameters.update(lr, skip=~accepted)
+        restore_buffers_where(~accepted, buffers)
+        self._waiting.add(step, loss, norm * norm)
+
+    def _attempt(self, args: tuple, weight: float, part: Part | None) -> float:
+        lr = value_at(self.settings.lr, self.fit.step, "lr")
+        loss = self._gradient(args, weight, part)
         clip = self._clips.setdefault(part, Clip(self.settings.clip_norm))
         limit = clip.limit()
         norm = self.parameters.clip(limit)
         # Adam squares gradients, so the square must be finite; one transfer tells both.
-        value, square = torch.stack([loss.detach(), (norm * norm).to(loss)]).tolist()
+        value, square = torch.stack([loss, (norm * norm).to(loss)]).tolist()
         if not math.isfinite(value):
             raise DivergedError(f"step {self.fit.step}: the loss is not finite.")
         if not math.isfinite(square):
             raise DivergedError(f"step {self.fit.step}: the norm of the gradient is not finite.")
-        clip.record(min(limit, math.sqrt(square)))
+        clip.record(min(float(limit), math.sqrt(square)))
         self.parameters.update(lr)
         return value
 
@@ -181,7 +222,7 @@ class Trainer:
             return True
         return isinstance(error, ValueError) and bool(_NUMERIC.search(str(error)))
 
-    def _skip(self, args: tuple, error: BaseException, counts: bool) -> None:
+    def _skip(self, error: BaseException, step: Step) -> None:
         self.fit.skipped += 1
         self._failures += 1
         if self._failures < PATIENCE:
@@ -190,12 +231,10 @@ class Trainer:
         last = (
             f"the last finite loss was {self.fit.losses[-1]:.6g}" if self.fit.losses else "no loss was finite"
         )
-        step = self.fit.step
-        self._count(counts)
+        with without_waiting(False):
+            why = diagnose(self.parameters, objective, self.fit.model, self.fit.guide, self._args)
         raise FitError(
-            f"step {step}: {PATIENCE} steps in a row were not finite; {last}. "
-            f"The last one: {error}\n"
-            + diagnose(self.parameters, objective, self.fit.model, self.fit.guide, args),
+            f"step {step.number}: {PATIENCE} steps in a row were not finite; {last}. The last one: {error}\n{why}",
             fit=self.fit,
         ) from error
 
@@ -225,7 +264,10 @@ class Monitor:
             return
         buffers = save_buffers(trainer.parameters.modules)
         # The same draws each time, so that differences are due to the parameters.
-        with torch.no_grad(), scopes.seeded(0), scopes.mode(trainer.parameters.modules, train=False):
+        looking = torch.no_grad(), scopes.seeded(0), without_waiting(False)
+        with ExitStack() as stack:
+            for scope in (*looking, scopes.mode(trainer.parameters.modules, train=False)):
+                stack.enter_context(scope)
             try:
                 loss = float(objective.loss(fit.model, fit.guide, *self.args))
             except DivergedError:
@@ -242,8 +284,12 @@ def train(
     monitor: Monitor | None,
     progress: bool,
     phase: Phase | None = None,
+    first_pass: int = 1,
 ) -> None:
     """Runs the steps, until the end or the first Ctrl-C.
+
+    On an accelerator the host looks at the numbers of the first steps, and at least of the `first_pass` steps in which
+    all data are met once. From then on it does not wait for the device within a step.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
@@ -265,8 +311,11 @@ def train(
                 _advance(
                     trainer, stream, min(steps, VALIDATED_STEPS), bar, stop, phase=phase, watchers=watchers
                 )
+            looked = min(steps, max(VALIDATED_STEPS, first_pass))
             with scopes.unvalidated():
-                _advance(trainer, stream, steps, bar, stop, phase=phase, watchers=watchers)
+                _advance(trainer, stream, looked, bar, stop, phase=phase, watchers=watchers)
+            with scopes.unvalidated(), without_waiting():
+                _advance(trainer, stream, steps, bar, stop, phase=phase, watchers=watchers, block=BLOCK)
             if phase is not None and not stop.requested:
                 phase.watch(trainer, last=True)
         except KeyboardInterrupt:
@@ -288,18 +337,24 @@ def _advance(
     *,
     phase: Phase | None,
     watchers: list[Callable[[Trainer], None]],
+    block: int = 1,
 ) -> None:
-    while trainer.fit.step < last and not stop.requested:
-        before = trainer.fit.step
-        if phase is not None and phase.active:
-            phase.advance(trainer, stream, stop)
-        else:
-            trainer.take(next(stream))
-        if trainer.fit.step == before:
-            return  # Ctrl-C between steps of the guide
-        for watch in watchers:
-            watch(trainer)
-        bar.advance()
+    try:
+        while trainer.fit.step < last and not stop.requested:
+            before, ahead = trainer.fit.step, phase is not None and phase.active
+            trainer.read_every(1 if ahead else block)
+            if ahead:
+                phase.advance(trainer, stream, stop)
+            else:
+                trainer.take(next(stream))
+            if trainer.fit.step == before:
+                return  # Ctrl-C between steps of the guide
+            for watch in watchers:
+                watch(trainer)
+            bar.advance()
+    finally:
+        trainer.read_every(1)
+        trainer.settle()
 
 
 class _Bar:

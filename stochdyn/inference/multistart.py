@@ -56,7 +56,7 @@ class Multistart:
         >>> y = (6.28318 * times / 1.3).sin()
         >>> guide, starts = sd.AmortizedGuide(model), sd.Multistart(draws=100, finalists=4, steps=30)
         >>> fit = sd.fit(model, guide, y, steps=100, lr=0.02, multistart=starts, progress=False)
-        >>> round(guide(y)["period"].item(), 1), len(fit.starts), fit.starts == sorted(fit.starts)
+        >>> round(guide.joint.at().exp().item(), 1), len(fit.starts), fit.starts == sorted(fit.starts)
         (1.3, 4, True)
     """
 

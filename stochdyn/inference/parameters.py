@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from stochdyn.errors import FitError
 
+FUSED = {"cuda", "xpu"}  # where torch's Adam is one kernel, which can be told on the device to change nothing
 Part = frozenset[int]  # parameters by identity
 Buffers = list[tuple[nn.Module, str, torch.Tensor | None, torch.Tensor | None]]
 
@@ -63,6 +64,26 @@ def restore_buffers(saved: Buffers) -> None:
             if buffer is not None and value is not None:
                 buffer.copy_(value)
             module._buffers[name] = buffer
+
+
+def restore_buffers_where(skipped: torch.Tensor, saved: Buffers) -> None:
+    """The same where `skipped` is True, which only the device knows.
+
+    Example:
+        >>> import torch
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> saved = save_buffers([norm])
+        >>> _ = norm(torch.randn(4, 2))
+        >>> restore_buffers_where(torch.tensor(True), saved)
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    with torch.no_grad():
+        for module, name, _, value in saved:
+            now = module._buffers.get(name)
+            if now is None or value is None or now.shape != value.shape or now.device != skipped.device:
+                continue  # what a forward pass writes is where the parameters are
+            now.copy_(torch.where(skipped, value, now))
 
 
 def parameters_of(program: Any, trace: Any = None) -> dict[int, torch.Tensor]:
@@ -157,16 +178,28 @@ class Parameters:
             if id(tensor) not in part:
                 tensor.grad = None
 
-    def clip(self, limit: float) -> torch.Tensor:
-        """Clips the gradients to a total norm, and returns the norm that they had (no host sync)."""
-        return clip_grad_norm_(self._tensors, limit)
+    @property
+    def accelerated(self) -> bool:
+        """Whether all are on one accelerator whose Adam can leave a step out by itself."""
+        devices = {tensor.device for tensor in self._tensors}
+        return len(devices) == 1 and _fused(self._tensors[0])
 
-    def update(self, lr: float) -> None:
-        """One step of Adam."""
+    def clip(self, limit: "float | torch.Tensor") -> torch.Tensor:
+        """Clips the gradients to a total norm, and returns the norm that they had (no host sync)."""
+        if not isinstance(limit, torch.Tensor):
+            return clip_grad_norm_(self._tensors, limit)
+        gradients = [tensor.grad for tensor in self._tensors if tensor.grad is not None]
+        norm = get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def update(self, lr: float, skip: torch.Tensor | None = None) -> None:
+        """One step of Adam, which the device leaves out where `skip` is True (if they are `accelerated`)."""
         if self.optimizer is None:
             return
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.found_inf = None if skip is None else skip.float()
         self.optimizer.step()
 
     def check_complete(self, loss: torch.Tensor) -> None:
@@ -214,9 +247,13 @@ class Parameters:
 
     def _optimise(self, new: list[torch.Tensor]) -> None:
         if self.optimizer is None:
-            self.optimizer = torch.optim.Adam(new)
+            self.optimizer = torch.optim.Adam(new, fused=all(map(_fused, new)) or None)
         else:
             self.optimizer.add_param_group({"params": new})
+
+
+def _fused(tensor: torch.Tensor) -> bool:
+    return tensor.device.type in FUSED
 
 
 def _densify(tensors: list[torch.Tensor]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from stochdyn.device import readable
 from stochdyn.errors import ShapeError, SupportError
 from stochdyn.likelihoods.tails import check_known, log_at_least, log_at_most, log_between
 
@@ -99,13 +100,13 @@ class Censored(dist.TorchDistribution):
         value = torch.where(self.censored, torch.ones_like(value), value)
         out = self.base.log_prob(value)
         below, above = self.high.isfinite(), self.low.isfinite()
-        if bool((left := below & ~above).any()):
+        if _some(left := below & ~above):
             tail = log_at_most(self.base, torch.where(left, self.high, value))
             out = torch.where(left, tail, out)
-        if bool((right := above & ~below).any()):
+        if _some(right := above & ~below):
             tail = log_at_least(self.base, torch.where(right, self.low, value))
             out = torch.where(right, tail, out)
-        if bool((both := above & below).any()):
+        if _some(both := above & below):
             low, high = torch.where(both, self.low, value), torch.where(both, self.high, value + 1)
             out = torch.where(both, log_between(self.base, low, high), out)
         return out
@@ -119,3 +120,8 @@ class Censored(dist.TorchDistribution):
                 f"Censored({type(self.base).__name__}): the exact value {got:g} at {at} is outside the support. "
                 "Change it, or mask it."
             )
+
+
+def _some(which: Tensor) -> bool:
+    """Whether there are any; yes where that may not be looked at."""
+    return not readable(which) or bool(which.any())

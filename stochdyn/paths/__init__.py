@@ -5,8 +5,12 @@ from stochdyn.paths.compiled import Compiled
 from stochdyn.paths.filter import particle_evidence
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.hybrid import TriggeredJumps
+from stochdyn.paths.guided_jumps import GuidedJumpPath
+from stochdyn.paths.jump_diffusion import JumpDiffusionPath
+from stochdyn.paths.jump_sizes import AbstractJumpSize, CompoundPoisson, DoubleExponentialJump, NormalJump
 from stochdyn.paths.marginal import MarginalPath
 from stochdyn.paths.message import Message
+from stochdyn.paths.mixture_message import MixtureMessage
 from stochdyn.paths.ode import odeint
 from stochdyn.paths.schedule import Schedule
 from stochdyn.paths.sde import SDEPath, information_filter

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stochdyn.device import readable
 from stochdyn.errors import DiffusionError, DivergedError, DtypeError, FieldError, ShapeError, SupportError
 from stochdyn.fields import (
     AbstractDiffusion,
@@ -264,7 +265,7 @@ class Chain:
         """
         tolerance = math.sqrt(torch.finfo(self.dtype).eps)
         off = ((residual.abs() > tolerance * (1 + after.abs())) & real[..., None]).any(-1)
-        if off.any():
+        if readable(off) and off.any():
             raise SupportError(
                 f"{self._place(off)}: the step moves a state that no noise reaches by "
                 f"{residual[off].abs().max().item():.2g} from where the drift takes it. With fewer noises "
@@ -309,6 +310,8 @@ class Chain:
         Raises:
             SupportError: with the distance.
         """
+        if not isinstance(self.start, KnownStart) or not readable(value):
+            return
         if self.starts_elsewhere(value).any():
             gap = (value[..., 0, :] - self.start.centre()).abs().max().item()
             raise SupportError(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence, register_kl
 
+from stochdyn.device import readable
 from stochdyn.errors import SupportError
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.sde import SDEPath
@@ -49,7 +50,10 @@ def _kl_paths(q: "GuidedPath | SDEPath", p: SDEPath) -> Tensor:
 
 def _check_comparable(q: GuidedPath, p: SDEPath, value: Tensor) -> None:
     """Two paths on other grids, or with other kinds of start, have no density ratio."""
-    if q.chain.ts.shape[-1] != p.chain.ts.shape[-1] or not torch.equal(*torch.broadcast_tensors(q.ts, p.ts)):
+    same = q.chain.ts.shape[-1] == p.chain.ts.shape[-1]
+    if same and q.ts is not p.ts and readable(q.ts):
+        same = torch.equal(*torch.broadcast_tensors(q.ts, p.ts))
+    if not same:
         raise SupportError(
             "The KL of two paths on different grids is not defined. Build both on one TimeGrid."
         )

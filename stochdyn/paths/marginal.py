@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence
 
+from stochdyn.device import cholesky, inverse, solve
 from stochdyn.errors import DiffusionError, GuideError
 from stochdyn.fields import AbstractDiffusion, ElementwiseField, evaluate
 from stochdyn.paths.chain import Chain
@@ -248,7 +249,7 @@ class MarginalPath(dist.TorchDistribution):
 
     def drift_at(self, bridge: Bridge, w: Tensor, z: Tensor) -> Tensor:
         """The posterior's drift h at a fraction w of every gap, and states z there."""
-        solved = (torch.linalg.inv(bridge.covariance(w)) @ (z - bridge.mean(w)[0])[..., None])[..., 0]
+        solved = (inverse(bridge.covariance(w)) @ (z - bridge.mean(w)[0])[..., None])[..., 0]
         return self._posterior_drift(bridge, w, solved, *self._noise_and_divergence(bridge.time(w), z))
 
     def _posterior_drift(
@@ -303,7 +304,7 @@ class MarginalPath(dist.TorchDistribution):
         still = (bridge.length <= 0)[..., 0]
         S = bridge.covariance(w)
         unit = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
-        L = torch.linalg.cholesky(torch.where(still[..., None, None], unit, S))
+        L = cholesky(torch.where(still[..., None, None], unit, S))
         eps = torch.randn(L.shape[:-1], dtype=S.dtype, device=S.device)
         z = bridge.mean(w)[0] + matvec(L, eps)
         noise, divergence = self._noise_and_divergence(bridge.time(w), z)
@@ -330,7 +331,7 @@ class MarginalPath(dist.TorchDistribution):
         ahead, behind = self._drift(torch.cat([t, t]), torch.cat([m + shift, m - shift])).chunk(2)
         ahead, behind = noise.solve(ahead - velocity), noise.solve(behind - velocity)
         squares = 0.25 * (ahead.square() + behind.square()) - 0.5 * (ahead - behind) * own
-        return squares.sum(-1) + 0.5 * torch.linalg.solve(noise.factor(), AL).square().sum((-1, -2))
+        return squares.sum(-1) + 0.5 * solve(noise.factor(), AL).square().sum((-1, -2))
 
     def _kl_start(self) -> Tensor:
         start = self.chain.start
@@ -338,9 +339,8 @@ class MarginalPath(dist.TorchDistribution):
             return self.knots.loc.new_zeros(self.batch_shape)
         loc, L = self.knots.loc[..., 0, :], self.knots.scale_tril[..., 0, :, :]
         q = dist.MultivariateNormal(loc, scale_tril=L, validate_args=False)
-        p = dist.MultivariateNormal(
-            start.loc, covariance_matrix=start.noise.covariance(), validate_args=False
-        )
+        tril = cholesky(start.noise.covariance())
+        p = dist.MultivariateNormal(start.loc, scale_tril=tril, validate_args=False)
         return kl_divergence(q, p).expand(self.batch_shape)
 
     # On a grid.
@@ -365,9 +365,9 @@ class MarginalPath(dist.TorchDistribution):
         f, F = self._linearised(t, m)
         D = self._noise(t, m).covariance()
         pull = part.pull(w) - 0.5 * (D - part.reference)
-        J = torch.linalg.solve(D, F - torch.linalg.solve(S, pull.mT).mT)
+        J = solve(D, F - solve(S, pull.mT).mT)
         J = _clipped(0.5 * (J + J.mT))
-        gradient = torch.linalg.solve(D, (self.drift_at(part, w, m) - f)[..., None])[..., 0]
+        gradient = solve(D, (self.drift_at(part, w, m) - f)[..., None])[..., 0]
         ahead = (t <= _front(knots, 0, batch)[-1:, ..., None])[..., 0]
         J = torch.where(ahead[..., None, None], J, torch.zeros_like(J))
         h = torch.where(ahead[..., None], gradient + matvec(J, m), torch.zeros_like(m))
@@ -390,9 +390,9 @@ class MarginalPath(dist.TorchDistribution):
         loc = self.knots.loc[..., 0, :].expand(*self.batch_shape, n)
         if not isinstance(start, RandomStart):
             return loc.new_zeros(*self.batch_shape, n, n), torch.zeros_like(loc)
-        P = torch.linalg.inv(start.noise.covariance())
+        P = inverse(start.noise.covariance())
         L = self.knots.scale_tril[..., 0, :, :]
-        Q = torch.linalg.inv(L @ L.mT)
+        Q = inverse(L @ L.mT)
         J = _clipped(Q - P).expand(*self.batch_shape, n, n)
         # The centre is kept also where the precision had to be clipped.
         return J, matvec(J + P, loc) - matvec(P, start.loc)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.data import TimeGrid
+from stochdyn.device import inverse
 from stochdyn.errors import DataError, ShapeError
 from stochdyn.paths.chain import Chain
 from stochdyn.paths.checks import lift
@@ -261,12 +262,12 @@ def _combine(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     F1, b1, Q1, h1, J1 = first
     F2, b2, Q2, h2, J2 = second
     eye = torch.eye(F1.shape[-1], dtype=F1.dtype, device=F1.device)
-    inverse = torch.linalg.inv(eye + Q1 @ J2)
-    through = F2 @ inverse
+    shrink = inverse(eye + Q1 @ J2)
+    through = F2 @ shrink
     F = through @ F1
     b = matvec(through, b1 + matvec(Q1, h2)) + b2
     Q = through @ Q1 @ F2.mT + Q2
-    back = F1.mT @ inverse.mT
+    back = F1.mT @ shrink.mT
     return [F, b, Q, matvec(back, h2 - matvec(J2, b1)) + h1, back @ J2 @ F1 + J1]
 
 
@@ -274,7 +275,7 @@ def _absorb(first: list[Tensor], h2: Tensor, J2: Tensor) -> tuple[Tensor, Tensor
     """The potential on the start of a stretch, given the one on its end."""
     F1, b1, Q1, h1, J1 = first
     eye = torch.eye(F1.shape[-1], dtype=F1.dtype, device=F1.device)
-    back = F1.mT @ torch.linalg.inv(eye + Q1 @ J2).mT
+    back = F1.mT @ inverse(eye + Q1 @ J2).mT
     return matvec(back, h2 - matvec(J2, b1)) + h1, back @ J2 @ F1 + J1
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stochdyn.device import cholesky, solve
 from stochdyn.errors import DiffusionError, DivergedError
 
 
@@ -129,7 +130,7 @@ class MatrixNoise(AbstractNoise):
     def solve(self, residual: Tensor) -> Tensor:
         G = self.matrix
         if G.shape[-1] == G.shape[-2]:
-            return _guard(lambda: torch.linalg.solve(G, residual[..., None])[..., 0])
+            return _guard(lambda: solve(G, residual[..., None])[..., 0])
         return torch.cholesky_solve(self.pull(residual)[..., None], self._gram_cholesky())[..., 0]
 
     def logdet(self) -> Tensor:
@@ -139,7 +140,7 @@ class MatrixNoise(AbstractNoise):
         return self._gram_cholesky().diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def _gram_cholesky(self) -> Tensor:
-        return _guard(lambda: torch.linalg.cholesky(self.matrix.mT @ self.matrix))
+        return _guard(lambda: cholesky(self.matrix.mT @ self.matrix))
 
     def twist(self, J: Tensor, diagonal: bool) -> AbstractTwist:
         G = self.matrix
@@ -214,14 +215,14 @@ def square_factor(G: Tensor) -> Tensor:
         return G
     still = (G == 0).all(-1).all(-1)[..., None, None]
     unit = torch.eye(G.shape[-2], dtype=G.dtype, device=G.device)
-    C = _guard(lambda: torch.linalg.cholesky(torch.where(still, unit, G @ G.mT)))
+    C = _guard(lambda: cholesky(torch.where(still, unit, G @ G.mT)))
     return torch.where(still, torch.zeros_like(C), C)
 
 
 def _full_twist(congruence: Tensor) -> AbstractTwist:
     unit = torch.eye(congruence.shape[-1], dtype=congruence.dtype, device=congruence.device)
     try:
-        return FullTwist(torch.linalg.cholesky(congruence + unit))
+        return FullTwist(cholesky(congruence + unit))
     except torch.linalg.LinAlgError as error:
         raise DivergedError(
             f"A guided step's precision I + G'JG is not positive definite ({error}). The message's precision "

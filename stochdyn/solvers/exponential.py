@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from stochdyn.device import readable
 from stochdyn.errors import DiffusionError, ShapeError
 from stochdyn.fields import AbstractDiffusion
 from stochdyn.solvers.integrator import Drift
@@ -118,7 +119,9 @@ def _factor(A: Tensor, g: Tensor, dt: Tensor) -> Tensor:
     Q = (weights @ (g @ g.mT).flatten(-2)[..., None])[..., 0].unflatten(-1, (n, n))
     real = (dt > 0)[..., None]
     factor, info = torch.linalg.cholesky_ex(torch.where(real, 0.5 * (Q + Q.mT), eye))
-    if info.any():
+    if not readable(info):
+        factor = torch.where(info[..., None, None] == 0, factor, torch.nan)
+    elif info.any():
         raise DiffusionError(
             "ExponentialEuler: the noise of a step is singular. Make the columns of the diffusion independent."
         )

@@ -197,8 +197,13 @@ def _check_differentiable(flow: Flow) -> None:
 
 def _segment(part: Part, start: int, stop: int, stride: int) -> Callable[[Tensor], Tensor]:
     """The states at every `stride`-th time in a segment, and the one at its end."""
-    keep = [k - start for k in range(start + 1, stop + 1) if k % stride == 0]
-    return lambda z: part(z, start, stop)[[*keep, stop - start]]
+    first = (start // stride + 1) * stride - start
+
+    def run(z: Tensor) -> Tensor:
+        states = part(z, start, stop)
+        return torch.cat([states[first::stride], states[-1:]])
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ class _Gap:
         """The adjoint and the sums at the start of the gap before time k."""
         t, before = self.flow.times[k], self.flow.times[k - 1]
         end, length = t.to(z.dtype), (t - before).to(z.dtype)
-        unit = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device=z.device)
+        unit = torch.arange(2, dtype=torch.float64, device=z.device)[:, None]
         shapes = [z, *sums]
         sizes = [x.numel() for x in shapes]
 

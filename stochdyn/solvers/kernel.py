@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from stochdyn.device import cholesky
 from stochdyn.errors import DiffusionError, FieldError
 from stochdyn.fields import AbstractDiffusion, as_diffusion
 from stochdyn.solvers.integrator import AbstractMean, Drift
@@ -144,7 +145,7 @@ class AbstractKernel(AbstractStepSolver):
                 "Use SDEPath, which scores on the subspace that the noise reaches."
             )
         try:
-            return dist.MultivariateNormal(a, scale_tril=torch.linalg.cholesky(G @ G.mT))
+            return dist.MultivariateNormal(a, scale_tril=cholesky(G @ G.mT))
         except torch.linalg.LinAlgError as error:
             raise DiffusionError(
                 f"The diffusion matrix is singular ({error}). Make its rows independent."

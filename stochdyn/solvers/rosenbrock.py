@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stochdyn.device import solve
 from stochdyn.solvers.integrator import AbstractMean, Drift
 
 _GAMMA = 1 - 1 / math.sqrt(2)
@@ -46,9 +47,9 @@ class Rosenbrock(AbstractMean):
         f, J, f_t = derivatives(drift, t, z)
         eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         matrix, slope = eye - _GAMMA * dt[..., None] * J, _GAMMA * dt * f_t
-        k1 = torch.linalg.solve(matrix, (f + slope)[..., None])[..., 0]
+        k1 = solve(matrix, (f + slope)[..., None])[..., 0]
         rest = drift(t + dt, z + dt * k1) - 2 * k1 - slope
-        k2 = torch.linalg.solve(matrix, rest[..., None])[..., 0]
+        k2 = solve(matrix, rest[..., None])[..., 0]
         return z + dt * (1.5 * k1 + 0.5 * k2)
 
 

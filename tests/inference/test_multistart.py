@@ -49,7 +49,11 @@ def period(fit):
 
 
 @pytest.mark.parametrize(
-    "family", [sd.FullRank(), sd.Flow(transforms=1, hidden=(8,))], ids=["full rank", "flow"]
+    "family",
+    [
+        pytest.param(sd.FullRank(), id="full rank"),
+        pytest.param(sd.Flow(transforms=1, hidden=(8,)), id="flow", marks=pytest.mark.slow),
+    ],
 )
 def test_it_finds_the_mode_that_one_start_misses(family):
     """Its control is the fit without it."""

@@ -179,7 +179,7 @@ def test_an_encoder_learns_series_that_it_never_saw():
     guide = sd.AmortizedGuide(ou, sd.GRUEncoder(1, hidden=16).double(), paths=sd.Marginals(), hidden=16)
     before = estimate(ou, guide, fresh, draws=10)[0]
     objective = sd.PathELBO(particles=2)
-    sd.fit(ou, guide, train_set, objective=objective, steps=400, batch_size=32, lr=1e-2, progress=False)
+    sd.fit(ou, guide, train_set, objective=objective, steps=200, batch_size=32, lr=2e-2, progress=False)
     after, error = estimate(ou, guide.eval(), fresh, draws=10)
     exact = float(continuous_evidence(fresh).sum())
     assert before < after < exact + 4 * error
@@ -287,7 +287,7 @@ def test_a_bound_also_where_only_some_series_start_before_their_first_observatio
     batch = ou_series(3, torch.arange(6, dtype=F64) * 0.3, seed=1, hold=[(0, 0)])
     guide = sd.AmortizedGuide(ou, paths=sd.Marginals())
     objective = sd.PathELBO(times=2, particles=4)
-    sd.fit(ou, guide, batch, objective=objective, steps=300, lr=0.1, progress=False)
+    sd.fit(ou, guide, batch, objective=objective, steps=150, lr=0.1, progress=False)
     value, error = estimate(ou, guide, batch, draws=20)
     exact = float(continuous_evidence(batch).sum())
     assert error < 0.3

@@ -320,7 +320,7 @@ def test_further_times_leave_the_smoothed_past_alone(message):
     values = 4 + torch.randn(2, 4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.3
     data = sd.Series([0.0, 1.0, 2.0, 3.0], values)
     guide = sd.AmortizedGuide(level_model, paths=message)
-    fit = sd.fit(level_model, guide, data, steps=150, lr=0.05, progress=False)
+    fit = sd.fit(level_model, guide, data, steps=40, lr=0.05, progress=False)
     plain = sd.predict(fit, data, draws=400).states
     error = plain.std(0) / 400**0.5
     for ts in ([3.5, 4.0], [0.25]):

@@ -131,8 +131,8 @@ class TestLaw:
             return torch.stack([torch.stack([a, 0.1 * z[..., 1].cos()], -1), torch.stack([0 * a, a], -1)], -2)
 
         path = prior(diffusion=sd.MatrixDiffusion(g))
-        assert moments_agree(*simulated(marginal(path), steps=150, draws=8000))
-        assert not moments_agree(*simulated(marginal(path), steps=150, draws=8000, divergence=False))
+        assert moments_agree(*simulated(marginal(path), steps=100, draws=5000))
+        assert not moments_agree(*simulated(marginal(path), steps=100, draws=5000, divergence=False))
 
 
 class TestDivergence:

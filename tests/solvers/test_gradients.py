@@ -40,9 +40,22 @@ SHARED = torch.linspace(0, 4, 21, dtype=F64)
 OWN = torch.stack([SHARED, 0.7 * SHARED + 0.3, torch.cat([SHARED[:15], SHARED[14].expand(6)])])
 
 
-@pytest.mark.parametrize("timed", [False, True], ids=["static", "timed"])
-@pytest.mark.parametrize("ts", [SHARED, OWN], ids=["shared", "own times"])
-@pytest.mark.parametrize("solver", [sd.RungeKutta4(4), sd.Tsit5(1e-9, 1e-10)], ids=["rk4", "tsit5"])
+RK4, TSIT5 = sd.RungeKutta4(4), sd.Tsit5(1e-9, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("solver", "ts", "timed"),
+    [
+        pytest.param(RK4, SHARED, False, id="rk4-shared-static"),
+        pytest.param(RK4, SHARED, True, id="rk4-shared-timed"),
+        pytest.param(RK4, OWN, False, id="rk4-own times-static"),
+        pytest.param(RK4, OWN, True, id="rk4-own times-timed"),
+        pytest.param(TSIT5, SHARED, False, id="tsit5-shared-static"),
+        pytest.param(TSIT5, SHARED, True, id="tsit5-shared-timed", marks=pytest.mark.slow),
+        pytest.param(TSIT5, OWN, False, id="tsit5-own times-static", marks=pytest.mark.slow),
+        pytest.param(TSIT5, OWN, True, id="tsit5-own times-timed"),
+    ],
+)
 def test_the_three_agree(solver, ts, timed):
     z, direct = gradients(sd.Direct(), solver, ts, timed)
     again = (

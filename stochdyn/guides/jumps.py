@@ -1,0 +1,61 @@
+"""Messages for paths that jump: the backward filter's mixture, corrected by what training learns."""
+
+import torch
+from torch import Tensor
+
+from stochdyn.errors import GuideError
+from stochdyn.guides.messages import AbstractPathFamily, FilterMessage
+from stochdyn.paths import GuidedJumpPath, JumpDiffusionPath, Message, MixtureMessage
+
+
+def check_family(family: AbstractPathFamily, name: str) -> None:
+    """Refuse families that have no form for jumps.
+
+    Raises:
+        GuideError: naming the one that has.
+
+    Example:
+        >>> check_family(FilterMessage(), "z")
+    """
+    if not isinstance(family, FilterMessage) or family.control is not None:
+        raise GuideError(
+            f"path site '{name}' is a jump diffusion, for which a guide has FilterMessage() without a control, got "
+            f"{family!r}. Leave `paths` out."
+        )
+
+
+def guided_jumps(
+    prior: JumpDiffusionPath,
+    family: FilterMessage,
+    likelihood: tuple[Message, Tensor],
+    unit: Tensor,
+    numbers: tuple[Tensor, Tensor],
+    valid: Tensor,
+) -> GuidedJumpPath:
+    """The guided path from the likelihood's message and the point it was expanded around.
+
+    Args:
+        prior: the path.
+        family: what the numbers mean.
+        likelihood: the potential, and the path (*batch, time, 1) around which it holds.
+        unit: the prior's spread, (1,).
+        numbers: (*batch, time, numbers) learned, and the same as a score sees them.
+        valid: (*batch, time) where messages are, up to the last observation.
+    """
+    potential, around = likelihood
+    base = prior.filtered(potential, around)
+    message, score = (corrected(base, family, x, unit, around).masked(valid) for x in numbers)
+    return prior.guided(message, score_message=score)
+
+
+def corrected(
+    base: MixtureMessage, family: FilterMessage, numbers: Tensor, unit: Tensor, around: Tensor
+) -> MixtureMessage:
+    """Every component corrected as a message of its own; its log weight stays, as its value at `around`."""
+    made = []
+    for c in range(base.log_weight.shape[-1]):
+        own = Message(base.information[..., c, None], base.precision[..., c, None, None])
+        new = family.build(numbers, unit, around, own)
+        kept = own.log_value(around) - new.log_value(around)
+        made.append((base.log_weight[..., c] + kept, new.information[..., 0], new.precision[..., 0, 0]))
+    return MixtureMessage(*(torch.stack(parts, -1) for parts in zip(*made, strict=True)))

@@ -1,0 +1,211 @@
+"""The guided path of a jump diffusion: every step a mixture of normals, twisted by a mixture of messages."""
+
+import math
+from typing import TYPE_CHECKING
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from torch import Tensor
+from torch.distributions import constraints
+
+from stochdyn.errors import GuideError
+from stochdyn.paths.checks import joint_batch
+from stochdyn.paths.jump_sizes import log_poisson
+from stochdyn.paths.mixture_message import FILTER_TAIL, NOTHING, MixtureMessage, Products
+from stochdyn.paths.start import RandomStart
+from stochdyn.paths.support import path_support
+
+if TYPE_CHECKING:
+    from stochdyn.paths.jump_diffusion import JumpDiffusionPath
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class GuidedJumpPath(dist.TorchDistribution):
+    """A jump diffusion of one state, twisted step by step by a mixture message; what its guide samples.
+
+    The prior's step is a mixture of normals over how many jumps fall into it; times a mixture of Gaussian factors it
+    stays one. Draws carry gradients by implicit reparametrisation of the mixture's distribution function.
+
+        q(z' | z) ~ sum_n Poisson(n) N(z'; a + n mean, G^2 + n variance) * sum_c exp(w_c + h_c z' - J_c z'^2 / 2)
+
+    Args:
+        prior: the path.
+        message: on its grid.
+        score_message: the message as `score_parts` sees it, by default detached.
+
+    Raises:
+        GuideError: if the message is on another grid, or the path has several states or other sizes than normal ones.
+
+    References:
+        Figurnov, Mohamed & Mnih, "Implicit reparameterization gradients", 2018, https://arxiv.org/abs/1805.08498
+
+    Example:
+        >>> import torch, stochdyn as sd
+        >>> jumps = sd.CompoundPoisson(1.0, sd.NormalJump(0.0, 4.0))
+        >>> path = sd.JumpDiffusionPath(lambda t, z: 0 * z, torch.tensor([0.3]), jumps, torch.zeros(1),
+        ...                             torch.linspace(0, 1, 6))
+        >>> seen = sd.Message(torch.zeros(6, 1), torch.zeros(6, 1))
+        >>> path.guided(path.filtered(seen)).rsample().shape
+        torch.Size([6, 1])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self,
+        prior: "JumpDiffusionPath",
+        message: MixtureMessage,
+        score_message: MixtureMessage | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        chain = prior.chain
+        if chain.state_dim != 1 or not prior.jumps.size.gaussian:
+            raise GuideError(
+                "Guides of jump diffusions need one state and normal jumps: NormalJump(loc, scale)."
+            )
+        if message.log_weight.shape[-2] != chain.steps + 1:
+            raise GuideError(
+                f"The message has {message.log_weight.shape[-2]} times, the path {chain.steps + 1}. Make it on the "
+                "path's own grid."
+            )
+        self.batch = joint_batch(path=chain.batch_shape, message=message.batch_shape)
+        self.prior = prior if self.batch == prior.batch_shape else prior.expand(self.batch)
+        self.message, self.score_message = message, score_message
+        event_shape = torch.Size((chain.steps + 1, 1))
+        super().__init__(self.batch, event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return path_support(self.prior.chain)
+
+    @property
+    def chain(self):
+        """The prior's chain."""
+        return self.prior.chain
+
+    @property
+    def ts(self) -> Tensor:
+        """The grid (*batch, time), float64."""
+        return self.prior.ts
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "GuidedJumpPath":
+        new = object.__new__(GuidedJumpPath)
+        new.__dict__.update(self.__dict__)
+        new.prior, new.batch = self.prior.expand(torch.Size(batch_shape)), torch.Size(batch_shape)
+        new._batch_shape = torch.Size(batch_shape)
+        return new
+
+    def _validate_sample(self, value: Tensor) -> None:
+        self.prior.chain.check_value(value)
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008
+        chain = self.prior.chain
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        z = self._start(shape)
+        t, dt, context = chain.layout(z.dim())
+        after = self.message.time_major().lifted(z.dim())
+        rows = [None] * chain.steps if context is None else context.unbind(0)
+        most, states = self._most(t, dt, z, context), [z]
+        for k, (s, h, row) in enumerate(zip(t.unbind(0), dt.unbind(0), rows, strict=True)):
+            a, noise = chain.step(s, h, row, z)
+            scale = noise.safe((h > 0)[..., 0]).scale.expand(a.shape)  # type: ignore
+            mixture = self._mixture(a, scale, self.prior.intensity(s, z, row) * h, after[k + 1], most)
+            z = torch.where(h > 0, implicit(*mixture.flat), z)
+            states.append(z)
+        value = torch.stack(states, -2)
+        if self._validate_args:
+            chain.check_finite(value)
+        return value
+
+    def _most(self, t: Tensor, dt: Tensor, z: Tensor, context: Tensor | None) -> int:
+        first = None if context is None else context[0]
+        rate = self.prior.intensity(t[0], z, first) if len(t) else z
+        return max(self.prior.counts(rate.detach() * dt.max(), FILTER_TAIL), 1) if len(t) else 1
+
+    def _start(self, shape: torch.Size) -> Tensor:
+        start = self.prior.chain.start
+        if not isinstance(start, RandomStart):
+            return start.sample(torch.Size(shape[: len(shape) - len(self.batch_shape)])).expand(*shape, 1)
+        return start.from_base(implicit(*self._first(start, self.message).flat).expand(*shape, 1))
+
+    def _first(self, start: RandomStart, message: MixtureMessage) -> Products:
+        """The start in its base coordinates, where the message acts."""
+        scale = start.noise.factor()[..., 0]
+        zero = torch.zeros_like(start.loc)
+        return Products.of(zero, start.loc, scale.square(), message.time_major()[0])
+
+    def _mixture(
+        self, a: Tensor, scale: Tensor, rate: Tensor, message: MixtureMessage, most: int
+    ) -> Products:
+        size = self.prior.jumps.size
+        counts = torch.arange(most + 1, dtype=a.dtype, device=a.device)
+        mean, variance = size.mean.to(a), size.variance.to(a)
+        log_prior = torch.cat([log_poisson(n, rate) for n in range(most + 1)], -1).clamp(min=NOTHING)
+        return Products.of(log_prior, a + counts * mean, scale.square() + counts * variance, message)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        value = self.prior.chain.aligned(value)
+        self.prior.chain.check_start(value)
+        return self._score(value, self.message)
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """Sticking-the-landing: the entropy term sees the sampled values, not the guide's own parameters."""
+        message = self.message.detach() if self.score_message is None else self.score_message
+        entropy_term = self._score(self.prior.chain.aligned(value), message)
+        return ScoreParts(entropy_term, 0, entropy_term)
+
+    def _score(self, value: Tensor, message: MixtureMessage) -> Tensor:
+        steps = self.prior.steps(value)
+        at = message.time_major().lifted(steps.a.dim() - 1)
+        most = max(self.prior.counts(steps.rate, FILTER_TAIL), 1)
+        mixture = self._mixture(steps.a, steps.scale, steps.rate, at[1:], most)
+        density = log_density(*mixture.flat, steps.after)
+        density = torch.where(steps.real, density, torch.zeros_like(density))
+        return self._score_start(value[..., 0, :], message) + density.sum(0)
+
+    def _score_start(self, z0: Tensor, message: MixtureMessage) -> Tensor:
+        start = self.prior.chain.start
+        if not isinstance(start, RandomStart):
+            return start.log_prob(z0)
+        e, ladj = start.to_base(z0)
+        return log_density(*self._first(start, message).flat, e) - ladj
+
+
+def log_density(log_weight: Tensor, mean: Tensor, sd: Tensor, z: Tensor) -> Tensor:
+    """Of a mixture of normals with components last, at z (..., 1): (...,).
+
+    Example:
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> log_density(zero, zero, one, zero)
+        tensor(-0.9189)
+    """
+    normal = -0.5 * (((z - mean) / sd).square() + _LOG_2PI) - sd.log()
+    return torch.logsumexp(torch.log_softmax(log_weight, -1) + normal, -1)
+
+
+def implicit(log_weight: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+    """A draw (..., 1) of a mixture of normals, components last, whose gradient is -dF / density.
+
+    Example:
+        >>> mean = torch.zeros(1, requires_grad=True)
+        >>> z = implicit(torch.zeros(1), mean, torch.ones(1))
+        >>> torch.autograd.grad(z.sum(), mean)[0]
+        tensor([1.])
+    """
+    with torch.no_grad():
+        chosen = torch.distributions.Categorical(logits=log_weight, validate_args=False).sample()[..., None]
+        mean_, sd_ = (x.expand(log_weight.shape).gather(-1, chosen) for x in (mean, sd))
+        z = mean_ + sd_ * torch.randn_like(mean_)
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (log_weight, mean, sd))):
+        return z
+    weight = torch.softmax(log_weight, -1)
+    below = (weight * torch.special.ndtr((z - mean) / sd)).sum(-1, keepdim=True)
+    density = log_density(log_weight, mean, sd, z).exp()[..., None].detach()
+    floor = torch.finfo(density.dtype).tiny
+    return z - (below - below.detach()) / density.clamp(min=floor)
