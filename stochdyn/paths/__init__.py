@@ -4,8 +4,8 @@ from stochdyn.paths import kl
 from stochdyn.paths.compiled import Compiled
 from stochdyn.paths.filter import particle_evidence
 from stochdyn.paths.guided import GuidedPath
-from stochdyn.paths.hybrid import TriggeredJumps
 from stochdyn.paths.guided_jumps import GuidedJumpPath
+from stochdyn.paths.hybrid import TriggeredJumps
 from stochdyn.paths.jump_diffusion import JumpDiffusionPath
 from stochdyn.paths.jump_sizes import AbstractJumpSize, CompoundPoisson, DoubleExponentialJump, NormalJump
 from stochdyn.paths.marginal import MarginalPath
