@@ -44,7 +44,11 @@ class DiffusionError(FieldError):
 
 
 class StabilityError(FieldError):
-    """A drift is not stable where its stationary law is asked for; the message has the eigenvalue."""
+    """A drift has no stationary law where one is asked for, or a self-exciting process explodes; with the number."""
+
+
+class BoundError(FieldError):
+    """An intensity is above the bound that thinning was given, so that the draws would be of another law."""
 
 
 class PaddingError(StochdynError, ValueError):

@@ -6,9 +6,11 @@
     path     (*sample, *batch, time, state)   time is dim -2; the initial state is path[..., 0, :] at ts[..., 0]
     context  (*batch, time, context_dim)      or (*batch, context_dim) where static
     values   (*batch, time, channel)          mask likewise, True = observed; NaN never lives inside the package
+    jumps    (*batch, max_jumps, 1 + mark)    time first; unused rows come last and have time = inf
 
 Fields are called time-major: `z` is (*batch, state) while simulating and (time, *batch, state) while scoring;
 `t` always has as many dimensions as `z` and a last one of size 1, so it broadcasts against `z` in both.
+Intensities have no state: their `t` is (row, *batch), and so is what they return.
 """
 
 from collections.abc import Sequence

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import stochdyn as sd
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="an installed package has no benchmarks")
 
@@ -246,3 +248,65 @@ def test_quick_figures_of_the_gradients_benchmark(monkeypatch, tmp_path, capsys)
     assert found["torchdiffeq_error"] < 1e-3
     assert found["checkpointed_time_ratio"] > 1
     assert "torchdiffeq adjoint" in capsys.readouterr().out
+
+
+# Jumps: invented sequences of a known process.
+
+
+@pytest.fixture
+def jumps(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("STOCHDYN_DATA", str(tmp_path))
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield importlib.import_module("jumps")
+    torch.set_num_threads(threads)
+    sys.modules.pop("jumps", None)
+
+
+def arrays(process, count, *parts, marked=False):
+    """Sequences as the data sets store them."""
+    out = {}
+    for part in parts:
+        drawn = process.sample((count,))
+        seen = torch.isfinite(drawn[..., 0])
+        out[f"{part}_times"] = drawn[seen][:, 0].numpy()
+        out[f"{part}_offsets"] = np.concatenate([[0], seen.sum(-1).cumsum(0).numpy()])
+        if marked:
+            out[f"{part}_marks"] = drawn[seen][:, 1].long().numpy()
+    return out
+
+
+def run_jumps(module, monkeypatch, out, *flags):
+    monkeypatch.setattr(sys, "argv", ["jumps.py", "--threads", "1", "--json", str(out), *flags])
+    module.main()
+    return json.loads(out.read_text())
+
+
+def test_the_jumps_benchmark_finds_the_family_and_tells_the_constant(jumps, monkeypatch, tmp_path, capsys):
+    process = sd.Hawkes(0.2, 0.8, 1.0, 0.0, 100.0)
+    np.savez(tmp_path / "events_exponential_hawkes_train_val.npz", **arrays(process, 30, "train", "val"))
+    np.savez(tmp_path / "held.npz", **arrays(process, 10, "test"))
+    flags = ("--process", "exponential_hawkes", "--quick", "--test", str(tmp_path / "held.npz"))
+    found = run_jumps(jumps, monkeypatch, tmp_path / "out.json", *flags)
+    assert found["mape"] == found["mape_true_family"] < 12 < 50 < found["mape_constant"]
+    assert found["log_likelihood"] == found["log_likelihood_true_family"]
+    assert abs(found["log_likelihood"] - found["log_likelihood_exact"]) < 0.02
+    assert found["log_likelihood_constant"] < found["log_likelihood"] - 0.1
+    assert "10 held out" in capsys.readouterr().out
+
+
+def test_the_jumps_benchmark_on_marks(jumps, monkeypatch, tmp_path):
+    alpha = 0.8 * torch.eye(7).double()
+    process = sd.MultivariateHawkes(torch.full((7,), 0.02).double(), alpha, 1.0, 0.0, 60.0)
+    np.savez(tmp_path / "events_earthquake_train_val.npz", **arrays(process, 40, "train", "dev", marked=True))
+    found = run_jumps(jumps, monkeypatch, tmp_path / "out.json", "--process", "earthquake", "--quick")
+    assert found["log_likelihood_hawkes"] > found["log_likelihood_constant"] + 0.3
+    assert found["mark_accuracy_hawkes"] > found["mark_accuracy_constant"] + 0.2
+
+
+def test_times_that_the_clock_cannot_tell_apart(jumps):
+    assert jumps.apart(np.array([0.0, 0.5, 0.7])).tolist() == [0.0, 0.5, 0.7]
+    moved = jumps.apart(np.array([0.0, 0.5, 0.5, 0.7]))
+    assert (np.diff(moved) > 0).all() and np.abs(moved - [0.0, 0.5, 0.5, 0.7]).max() < 1e-8

@@ -22,6 +22,7 @@ HIERARCHY = ROOT / "examples" / "hierarchy.py"
 KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
 CENSORED = ROOT / "examples" / "censored.py"
 TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
+EARTHQUAKES = ROOT / "examples" / "earthquakes.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 BOUNCING_BALL = ROOT / "examples" / "bouncing_ball.py"
 THEOPHYLLINE = ROOT / "examples" / "theophylline.py"
@@ -136,6 +137,17 @@ def test_theophylline(tmp_path, monkeypatch):
     for name in ("absorption", "clearance", "volume", "lag"):
         assert re.search(rf"^{name} +\d+\.\d+ .*\[\d+\.\d+, \d+\.\d+\]$", done.stdout, re.MULTILINE), name
     assert (tmp_path / "examples" / "output" / "theophylline.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not EARTHQUAKES.exists(), reason="an installed package has no examples")
+def test_earthquakes(tmp_path, monkeypatch):
+    monkeypatch.delenv("STOCHDYN_DATA", raising=False)
+    done = python("-W", "error", str(EARTHQUAKES), "--smoke", cwd=tmp_path)
+    assert "simulated data" in done.stdout
+    for name in ("base", "decay", "smallest", "growth"):
+        assert re.search(rf"^{name} +\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]$", done.stdout, re.MULTILINE), name
+    assert re.search(r"^Poisson +\d+ rescaled gaps: KS 0\.\d+", done.stdout, re.MULTILINE)
+    assert (tmp_path / "examples" / "output" / "earthquakes.png").stat().st_size > 10_000
 
 
 STATE = """

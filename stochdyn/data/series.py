@@ -13,15 +13,13 @@ from stochdyn.data.assemble import assemble, assemble_rows, name_reading, name_r
 from stochdyn.data.censoring import exact, place
 from stochdyn.data.checks import as_mask, as_real, check_devices, check_resolution, fill_missing, value_dtype
 from stochdyn.data.covariates import attach
-from stochdyn.data.groups import Grouping, find_grouping
-from stochdyn.data.positions import positions
+from stochdyn.data.population import AbstractPopulation
 from stochdyn.data.support import check_support
-from stochdyn.errors import DataError
 from stochdyn.likelihoods import Censored
 
 
 @dataclass(frozen=True, init=False, eq=False, repr=False)
-class Series:
+class Series(AbstractPopulation):
     """A set of multivariate time series; every model is called with one, and a mini-batch is one.
 
     Times are shared by all series or each series has its own; a mask says what was observed. NaN never stays
@@ -74,11 +72,6 @@ class Series:
     lengths: Tensor
     channels: tuple[str, ...]
     covariates: Tensor | None
-    index: Tensor
-    population: int
-    _ids: Sequence[Any]
-    _groups: Mapping[str, Grouping]
-    _whole: bool
     _knots: Tensor | None
 
     def __init__(
@@ -191,16 +184,6 @@ class Series:
         rows, options = ragged.read_frame(frame, time, values, series, covariates, groups, limits=limits)
         return cls.from_list(rows, **options, dtype=dtype)
 
-    @classmethod
-    def _of(cls, fields: dict[str, Any]) -> Self:
-        """Build without checks: a mini-batch is taken at every training step."""
-        new = object.__new__(cls)
-        new.__dict__.update(fields)
-        return new
-
-    def _with(self, **changes: Any) -> Self:
-        return self._of({**self.__dict__, **changes})
-
     @property
     def device(self) -> torch.device:
         """Where the data are."""
@@ -228,61 +211,14 @@ class Series:
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
-    def ids(self) -> tuple[Any, ...]:
-        """The labels of the series at hand."""
-        return tuple(self._ids[i] for i in self.index.tolist())
-
-    @property
-    def groups(self) -> Mapping[str, Tensor]:
-        """By the name of the grouping, (series,) the position of the group of each series at hand.
-
-        Example:
-            >>> import stochdyn as sd
-            >>> series = sd.Series([0.0], [[[1.0]]] * 3, groups={"site": ["south", "north", "south"]})
-            >>> series.groups["site"].tolist(), series[[1]].groups["site"].tolist()
-            ([1, 0, 1], [0])
-        """
-        return {name: grouping.member[self.index] for name, grouping in self._groups.items()}
-
-    def grouping(self, name: str) -> Grouping:
-        """The groups of the whole population: `labels`, `sizes`, and the `member` index of every series.
-
-        Raises:
-            DataError: if there are no groups of that name.
-
-        Example:
-            >>> import stochdyn as sd
-            >>> series = sd.Series([0.0], [[[1.0]]] * 3, groups={"site": ["south", "north", "south"]})
-            >>> series[[1]].grouping("site").labels
-            ('north', 'south')
-        """
-        return find_grouping(self._groups, name)
-
-    def group_plate(self, name: str, dim: int = -1) -> pyro.plate:
-        """The Pyro plate over all groups of the population, also of those without a series at hand.
-
-        Nothing about groups is subsampled, so what is sampled in it is scaled by 1 in every mini-batch.
-
-        Example:
-            >>> import stochdyn as sd
-            >>> series = sd.Series([0.0], [[[1.0]]] * 3, groups={"site": ["south", "north", "south"]})
-            >>> series[[1]].group_plate("site").size
-            2
-        """
-        return pyro.plate(name, len(self.grouping(name)), dim=dim)
-
-    @property
     def last_observed(self) -> Tensor:
         """(series,) the last time with an observation in any channel; -inf where there is none."""
         seen = self.mask.any(-1)
         return self.times.expand(seen.shape).masked_fill(~seen, -float("inf")).amax(-1)
 
-    def __len__(self) -> int:
-        return self.values.shape[0]
-
-    def __getitem__(self, index: Any) -> Self:
-        """A mini-batch of the same population: by an int, slice, list, tensor or bool mask."""
-        return self._take(positions(index, len(self), self.index.device))
+    def as_series(self) -> Self:
+        """The series itself; see `Jumps.as_series`."""
+        return self
 
     def _take(self, where: slice | Tensor) -> Self:
         return self._with(
@@ -297,20 +233,6 @@ class Series:
             _knots=None if self._knots is None else self._knots[where],
             _whole=False,
         )
-
-    def plate(self, name: str = "series", dim: int = -1) -> pyro.plate:
-        """The Pyro plate over the series; for a mini-batch it scales log-densities by population / len.
-
-        Example:
-            >>> import stochdyn as sd
-            >>> series = sd.Series([0.0, 1.0], [[[1.0], [2.0]]] * 6)
-            >>> with series[:2].plate("series") as index:
-            ...     print(index)
-            tensor([0, 1])
-        """
-        if self._whole:
-            return pyro.plate(name, len(self), dim=dim)
-        return pyro.plate(name, self.population, subsample=self.index, dim=dim)
 
     def observe(self, name: str, likelihood: Any) -> Tensor:
         """Condition on the values, inside `plate`: missing ones drop out, censored ones count as tails or intervals.
@@ -339,25 +261,6 @@ class Series:
             likelihood = Censored(likelihood, self.low, self.high)
         return pyro.sample(name, likelihood.mask(self.mask).to_event(2), obs=self.values)
 
-    def to(self, *targets: str | torch.device | torch.dtype) -> Self:
-        """The same data on another device or in another floating dtype; times stay in float64.
-
-        Example:
-            >>> import torch
-            >>> import stochdyn as sd
-            >>> sd.datasets.lynx_hare().to(torch.float64).values.dtype
-            torch.float64
-        """
-        new = self
-        for target in targets:
-            if isinstance(target, torch.dtype):
-                new = new._cast(value_dtype(None, target))
-            else:
-                moved = {k: v.to(target) for k, v in new.__dict__.items() if isinstance(v, Tensor)}
-                groups = {name: grouping.to(target) for name, grouping in new._groups.items()}
-                new = new._with(**moved, _groups=groups)
-        return new
-
     def _cast(self, dtype: torch.dtype) -> Self:
         self._check_times(dtype)
         say = name_reading(self.times, self.ids, self.channels)
@@ -373,46 +276,6 @@ class Series:
     def _check_times(self, dtype: torch.dtype) -> None:
         rows, where = name_rows(self.times, self.ids)
         check_resolution(rows, self.lengths[: len(rows)], dtype, where)
-
-    def split(self, fraction: float = 0.8, seed: int = 0, *, by: str | None = None) -> tuple[Self, Self]:
-        """Split the series at random into two populations, e.g. to train on and to test on.
-
-        Args:
-            fraction: the part of the series in the first, rounded to whole series.
-            seed: the same seed gives the same split; torch's own seed is left alone.
-            by: the name of a grouping whose groups stay whole; the fraction is then one of groups. None splits
-                them: a side keeps the groups that it has a series of, with their labels.
-
-        Raises:
-            DataError: if one side would be empty.
-
-        Example:
-            >>> import stochdyn as sd
-            >>> train, test = sd.Series([0.0, 1.0], [[[1.0], [2.0]]] * 10).split(0.8, seed=0)
-            >>> len(train), len(test), train.population
-            (8, 2, 8)
-        """
-        if by is None:
-            unit, what = torch.arange(len(self), device=self.index.device), "series"
-        else:
-            unit, what = (
-                self.grouping(by).member[self.index].unique(return_inverse=True)[1],
-                f"groups of {by!r}",
-            )
-        size = int(unit.max()) + 1
-        count = round(fraction * size) if 0 < fraction < 1 else 0
-        if not 0 < count < size:
-            trouble = f"split({fraction}) of {size} {what} leaves one side empty"
-            raise DataError(f"{trouble}. Take a fraction that leaves at least one of them on each side.")
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).to(self.index.device)
-        first = torch.isin(unit, order[:count])
-        return self._apart(first.nonzero()[:, 0]), self._apart(first.logical_not().nonzero()[:, 0])
-
-    def _apart(self, where: Tensor) -> Self:
-        part = self._take(where)
-        fresh = torch.arange(len(part), device=part.index.device)
-        groups = {name: grouping.part(part.index) for name, grouping in self._groups.items()}
-        return part._with(_ids=part.ids, _groups=groups, index=fresh, population=len(part), _whole=True)
 
     def extend(self, ts: Any) -> Self:
         """The same series with further times at which nothing is observed, e.g. to forecast.

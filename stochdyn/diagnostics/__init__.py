@@ -10,7 +10,9 @@ from stochdyn.diagnostics.fields import FieldReading, PosteriorFields, posterior
 from stochdyn.diagnostics.fixed_points import FixedPoint, FixedPoints, fixed_points
 from stochdyn.diagnostics.function_plot import plot_function
 from stochdyn.diagnostics.importance import ParetoK, Summary, SummaryRow, pareto_k, psis_weights, summarise
+from stochdyn.diagnostics.jumps import JumpReading, plot_jumps, read_jumps
 from stochdyn.diagnostics.plots import plot_forecast, plot_losses, plot_phase
+from stochdyn.diagnostics.rescaling import TimeRescaling, plot_time_rescaling, time_rescaling
 from stochdyn.diagnostics.tree import Variable, build_tree
 from stochdyn.diagnostics.two_sample import TwoSample, c2st
 
@@ -24,10 +26,12 @@ __all__ = [
     "FieldReading",
     "FixedPoint",
     "FixedPoints",
+    "JumpReading",
     "ParetoK",
     "PosteriorFields",
     "Summary",
     "SummaryRow",
+    "TimeRescaling",
     "TwoSample",
     "Variable",
     "build_tree",
@@ -39,14 +43,18 @@ __all__ = [
     "plot_fixed_points",
     "plot_forecast",
     "plot_function",
+    "plot_jumps",
     "plot_losses",
     "plot_phase",
+    "plot_time_rescaling",
     "posterior_fields",
     "psis_weights",
     "read_field",
+    "read_jumps",
     "sbc",
     "summarise",
     "tarp",
+    "time_rescaling",
     "to_arviz",
     "to_inference_data",
 ]

@@ -112,8 +112,11 @@ def to_arviz(
         "sample_stats": {"lp": _total(found, "p"), "log_q": _total(found, "q")},
     }
     for name, site in found.replicable.items():
-        dims = _dims(name, site.plates, tuple(site.event_shape), data)
-        groups["posterior_predictive"][name] = Variable(("draw", *dims), _array(replicates[name]))
+        dims = _dims(name, site.plates, tuple(site.value.shape[1 + len(site.plates) :]), data)
+        again = replicates[name]
+        other = again.shape[1:] != site.value.shape[1:]  # jumps: another number of rows
+        drawn = (*dims[:-2], f"{name}_jump", dims[-1]) if other else dims
+        groups["posterior_predictive"][name] = Variable(("draw", *drawn), _array(again))
         groups["log_likelihood"][name] = Variable(
             ("draw", *_plates(name, site.plates)), _array(site.log_prob)
         )
@@ -180,7 +183,8 @@ def _posterior(found: Draws, data: Series, coordinates: dict[str, Any]) -> dict[
 def _observed(site: Site, data: Series, plates: tuple[str, ...]) -> np.ndarray:
     value = _array(site.value[0])
     if value.size == data.values.numel() and _plates(site.name, site.plates) == plates:
-        value = np.where(_array(data.mask).reshape(value.shape), value, np.nan)
+        mask = data.mask if data.mask.dim() == data.values.dim() else data.mask[..., None]
+        value = np.where(_array(mask.expand(data.values.shape)).reshape(value.shape), value, np.nan)
     return value
 
 

@@ -134,8 +134,10 @@ def _start(folds: int, widths: tuple[int, ...], generator: torch.Generator) -> l
     net = []
     for inputs, outputs in pairwise(widths):
         bound = math.sqrt(6 / (inputs + outputs))
-        weight = (2 * torch.rand(folds, inputs, outputs, generator=generator) - 1) * bound
-        net += [weight.requires_grad_(), torch.zeros(folds, 1, outputs).requires_grad_()]
+        weight = (
+            2 * torch.rand(folds, inputs, outputs, generator=generator, dtype=torch.float32) - 1
+        ) * bound
+        net += [weight.requires_grad_(), weight.new_zeros(folds, 1, outputs).requires_grad_()]
     return net
 
 

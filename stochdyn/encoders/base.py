@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stochdyn.data import Series
+from stochdyn.data import AbstractPopulation, Series
 from stochdyn.device import readable
 from stochdyn.errors import ShapeError, TimeError
 
@@ -32,8 +33,8 @@ class AbstractEncoder(nn.Module, ABC):
     hidden: int
 
     @abstractmethod
-    def forward(self, batch: Series) -> Tensor:
-        """Encode a batch."""
+    def forward(self, batch: Any) -> Tensor:
+        """Encode a batch; one of `Jumps` is read by its `as_series()`."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ class AbstractBackwardEncoder(AbstractEncoder):
     def encode(self, rows: Rows) -> Tensor:
         """(series, row, hidden); row r may use rows 0 to r, which were observed later or now."""
 
-    def forward(self, batch: Series) -> Tensor:
+    def forward(self, batch: AbstractPopulation) -> Tensor:
+        return self._encode(batch.as_series())
+
+    def _encode(self, batch: Series) -> Tensor:
         self._check(batch)
         inputs, times = self._inputs(batch), batch.times.expand(len(batch), -1)
         seen = batch.mask.any(-1)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stochdyn.data import Series
 from stochdyn.device import readable
 from stochdyn.encoders import AbstractEncoder, align
 from stochdyn.errors import GuideError
@@ -18,7 +17,7 @@ from stochdyn.guides.passes import LatentPath, Run, smooth
 from stochdyn.guides.plates import Place
 from stochdyn.guides.signature import same, series_signature
 from stochdyn.guides.sites import centre_and_spread
-from stochdyn.guides.upstream import beside, series_around
+from stochdyn.guides.upstream import beside, series_around, series_of
 
 _DRAWS = 50
 
@@ -132,8 +131,8 @@ class PathSite(nn.Module):
         """A checksum per series of what was observed, and when; zero where the data are not a Series."""
         shape = batch_shape[len(batch_shape) - self.plates :]
         out = torch.zeros(shape, dtype=torch.float64, device=self.seen.device)
-        batch = args[0] if args else None
-        if not isinstance(batch, Series) or not shape or shape[-1] != len(batch):
+        batch = series_of(args)
+        if batch is None or not shape or shape[-1] != len(batch):
             return out
         return out + series_signature(batch).to(out.device)
 

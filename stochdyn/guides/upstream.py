@@ -6,14 +6,14 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from stochdyn.data import Series
+from stochdyn.data import AbstractPopulation, Series
 from stochdyn.errors import GuideError
 from stochdyn.guides.plates import Place
 
 
 def series_of(args: tuple[Any, ...]) -> Series | None:
-    """The data that an encoder reads: the first argument, if it is a `Series`."""
-    return args[0] if args and isinstance(args[0], Series) else None
+    """The data as an encoder reads them: the first argument, if it is a `Series` or `Jumps`."""
+    return args[0].as_series() if args and isinstance(args[0], AbstractPopulation) else None
 
 
 def series_around(place: Place, args: tuple[Any, ...]) -> Series:

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from stochdyn.data import Series
+from stochdyn.data import AbstractPopulation
 from stochdyn.errors import FitError, GuideError, StochdynError
 from stochdyn.inference import scopes
 from stochdyn.inference.batches import arguments
@@ -144,7 +144,9 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
 
 def _check_broadcasts(guide: Callable[..., Any], model: Callable[..., Any], data: Any, nesting: int) -> None:
     """Try a number of draws that no plate has: a parameter on the wrong dimension would pass where they agree."""
-    count = next(n for n in (3, 5, 7, 11) if n not in {len(data) if isinstance(data, Series) else 0})
+    count = next(
+        n for n in (3, 5, 7, 11) if n not in {len(data) if isinstance(data, AbstractPopulation) else 0}
+    )
     with poutine.block(), torch.random.fork_rng(devices=[]), pyro.plate("_draws", count, dim=-nesting - 1):
         try:
             trace = poutine.trace(guide).get_trace(*arguments(data))
@@ -228,9 +230,11 @@ def _deterministic(site: dict[str, Any], draws: int, nesting: int) -> tuple[Tens
 
 
 def replicated(site: Site) -> Tensor:
-    """Draw an observed site again: (draws, *batch, *event)."""
+    """Draw an observed site again: (draws, *batch, *event); jumps have as many rows as this draw needs."""
     value = site.fn.sample()
-    return value.expand(len(site.value), *value.shape[1:]).reshape(site.value.shape)
+    event = value.shape[value.dim() - len(site.fn.event_shape) :]
+    batch = site.value.shape[: site.value.dim() - len(event)]
+    return value.expand(len(site.value), *value.shape[1:]).reshape(*batch, *event)
 
 
 def at_times(path: Tensor, ts: Tensor, times: Tensor) -> Tensor | None:
@@ -253,13 +257,13 @@ def at_times(path: Tensor, ts: Tensor, times: Tensor) -> Tensor | None:
     return path.gather(-2, index)
 
 
-def check_follows(draws: Draws, data: Series) -> None:
+def check_follows(draws: Draws, data: AbstractPopulation) -> None:
     """Refuse a model whose path does not reach the batch's last time.
 
     Raises:
         GuideError: naming the site and both times.
     """
-    last = float(data.times.max())
+    last = float(data.as_series().times.max())
     for name, site in draws.paths.items():
         if float(site.fn.ts.max()) < last:
             raise GuideError(

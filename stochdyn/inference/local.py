@@ -15,7 +15,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from stochdyn.data import Series
+from stochdyn.data import AbstractPopulation
 from stochdyn.errors import FitError
 from stochdyn.guides.passes import own_randomness
 from stochdyn.inference.estimators import samples
@@ -174,7 +174,7 @@ def _plate(model_trace: Any, plates: set[str], args: tuple, wanted: str | None) 
         if site["is_observed"]
     }
     common = set.intersection(*(set(stack) for stack in stacks.values())) if stacks else set()
-    if args and isinstance(args[0], Series):
+    if args and isinstance(args[0], AbstractPopulation):
         common = {n for n in common if all(stack[n] == len(args[0]) for stack in stacks.values())}
     if len(common) != 1:
         raise FitError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from stochdyn.data import Series
 from stochdyn.errors import DataError, GuideError, StochdynError
 from stochdyn.inference.draws import Draws, at_times, check_follows, draw, evaluating, pair, replicated
+from stochdyn.paths import AbstractPointProcess
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Prediction:
         return low if at == math.floor(at) else torch.lerp(low, high, at - math.floor(at))
 
 
-def predict(fit: Any, data: Series, ts: Any = None, draws: int = 100, *, seed: int | None = 0) -> Prediction:
+def predict(fit: Any, data: Any, ts: Any = None, draws: int = 100, *, seed: int | None = 0) -> Prediction:
     """Draw from the posterior predictive: smoothing at the data's times, forecasts past them.
 
     The model is called with the series extended by `ts` as missing observations, so it must build its
@@ -78,7 +79,8 @@ def predict(fit: Any, data: Series, ts: Any = None, draws: int = 100, *, seed: i
 
     Args:
         fit: what `sd.fit` returned, or (model, guide).
-        data: the series; with an encoder, others than those trained on too.
+        data: the series; with an encoder, others than those trained on too. `Jumps` have `observations` of as many
+            rows as their draws need, padded with inf.
         ts: further times (k,), for all series; None for the data's own.
         draws: how many.
         seed: of the draws; None uses the current random state.
@@ -134,6 +136,8 @@ def _replicate(found: Draws, data: Series) -> Tensor:
     wanted = data.values.shape
     for site in found.replicable.values():
         shape = site.value.shape[1:]
+        if isinstance(site.fn, AbstractPointProcess) and shape == wanted:
+            return replicated(site)
         if shape == wanted[1:] and wanted[0] == 1:
             return replicated(site).reshape(found.size, *wanted)
         if len(shape) >= 3 and shape[-2:] == wanted[-2:] and shape[:-2].numel() == wanted[0]:

@@ -12,6 +12,17 @@ from stochdyn.paths.marginal import MarginalPath
 from stochdyn.paths.message import Message
 from stochdyn.paths.mixture_message import MixtureMessage
 from stochdyn.paths.ode import odeint
+from stochdyn.paths.points import (
+    AbstractPointProcess,
+    Hawkes,
+    History,
+    Inversion,
+    MultivariateHawkes,
+    PointProcess,
+    PoissonProcess,
+    SelfCorrecting,
+    Thinning,
+)
 from stochdyn.paths.schedule import Schedule
 from stochdyn.paths.sde import SDEPath, information_filter
 from stochdyn.paths.simulate import sdeint

@@ -1,0 +1,115 @@
+"""Sizes of jumps: densities of their sums against numerical convolution, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate
+
+import stochdyn as sd
+from stochdyn.paths.jump_sizes import log_normal_integrals, log_poisson
+from tests.problems import within
+
+F64 = torch.float64
+
+
+def number(value):
+    return torch.tensor(value, dtype=F64)
+
+
+SIZES = {
+    "normal": sd.NormalJump(number(-0.3), number(0.7)),
+    "double exponential": sd.DoubleExponentialJump(number(0.35), number(2.0), number(1.2)),
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 5, 12])
+@pytest.mark.parametrize("x", [-8.0, -0.5, 0.5, 0.999, 1.001, 1.5, 4.0, 30.0])
+def test_repeated_integrals_of_the_normal_tail(order, x):
+    def integrand(u):
+        return u**order * math.exp(-0.5 * u * u - x * u)
+
+    exact = integrate.quad(integrand, 0, 60, epsabs=0, epsrel=1e-13, limit=500)[0] / math.factorial(order)
+    ours = log_normal_integrals(order, number([x]))[0, -1].item() + 0.5 * x * x
+    assert abs(ours - math.log(exact)) < 1e-11 * (1 + abs(math.log(exact)))
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_density_of_a_sum_integrates_to_one_and_has_its_moments(name, count):
+    size, scale = SIZES[name], number(0.4)
+    x = torch.linspace(-40, 40, 160001, dtype=F64)
+    p = size.log_density(count, x[:, None], scale)[:, 0].exp()
+    mean = torch.trapezoid(x * p, x)
+    assert abs(torch.trapezoid(p, x) - 1) < 1e-9
+    assert abs(mean - count * size.mean) < 1e-8
+    assert abs(torch.trapezoid((x - mean).square() * p, x) - (0.16 + count * size.variance)) < 1e-7
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_density_of_two_is_the_convolution_of_one_with_one(name):
+    """With the noise shared out between them; the control is the wrong number of jumps."""
+    size, half = SIZES[name], number(0.4 / math.sqrt(2))
+    y = torch.linspace(-30, 30, 60001, dtype=F64)
+    first = size.log_density(1, y[:, None], half)[:, 0].exp()
+    for x in (-2.0, 0.1, 1.7):
+        second = size.log_density(1, (x - y)[:, None], half)[:, 0].exp()
+        both = torch.trapezoid(first * second, y)
+        at = number([x])
+        assert abs(size.log_density(2, at, number(0.4)).exp() - both) < 1e-9
+        assert abs(size.log_density(3, at, number(0.4)).exp() - both) > 1e-4
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+@pytest.mark.parametrize("count", [1, 3])
+def test_expected_size_given_the_sum_with_noise(name, count):
+    size, scale, x = SIZES[name], number(0.5), number([0.8])
+    s = torch.linspace(-30, 30, 600001, dtype=F64)
+    sizes = size.log_density(count, s[:, None], number(1e-2))[:, 0]
+    joint = (sizes - 0.5 * ((x - s) / scale).square()).exp()
+    exact = torch.trapezoid(s * joint, s) / torch.trapezoid(joint, s)
+    assert abs(size.expected(count, x, scale)[0] - exact) < 2e-3
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_samples_have_the_moments_of_their_counts(name):
+    torch.manual_seed(0)
+    size, counts = SIZES[name], torch.tensor([0.0, 1.0, 4.0], dtype=F64).repeat(20000, 1)[..., None]
+    drawn = size.sample(counts, torch.zeros(counts.shape, dtype=F64))
+    assert (drawn[:, 0] == 0).all()
+    for column, n in ((1, 1), (2, 4)):
+        assert within(drawn[:, column, 0], (n * size.mean).item())
+        centred = (drawn[:, column, 0] - n * size.mean).square()
+        assert within(centred, (n * size.variance).item())
+        assert not within(centred, ((n + 1) * size.variance).item())
+
+
+def test_gradients_of_the_double_exponential_density():
+    def density(up, a, b, scale):
+        return sd.DoubleExponentialJump(up, a, b).log_density(3, number([[-2.0], [0.3], [4.0]]), scale)
+
+    inputs = [number(v).requires_grad_() for v in (0.4, 1.5, 0.8, 0.3)]
+    assert torch.autograd.gradcheck(density, inputs)
+
+
+def test_poisson_weights_also_of_no_rate():
+    rates = number([0.0, 0.3, 5.0])
+    weights = torch.stack([log_poisson(n, rates).exp() for n in range(60)])
+    np.testing.assert_allclose(weights.sum(0), 1, atol=1e-12)
+    assert weights[:, 0].tolist() == [1.0] + [0.0] * 59
+
+
+def test_refused():
+    with pytest.raises(sd.FieldError, match="`scale` must not be negative"):
+        sd.NormalJump(0.0, -1.0)
+    with pytest.raises(sd.FieldError, match=r"`loc` is not finite, got nan"):
+        sd.NormalJump(math.nan, 1.0)
+    with pytest.raises(sd.FieldError, match="`up` is a probability"):
+        sd.DoubleExponentialJump(1.2, 1.0, 1.0)
+    with pytest.raises(sd.FieldError, match="rates must be positive"):
+        sd.DoubleExponentialJump(0.5, 0.0, 1.0)
+    with pytest.raises(sd.FieldError, match="`intensity` must not be negative"):
+        sd.CompoundPoisson(-0.1, sd.NormalJump(0.0, 1.0))
+    with pytest.raises(sd.FieldError, match="`size` must be NormalJump or DoubleExponentialJump"):
+        sd.CompoundPoisson(0.1, 2.0)  # type: ignore
