@@ -55,6 +55,10 @@ class PaddingError(StochdynError, ValueError):
     """A sequence has more jumps than its padded tensor has rows."""
 
 
+class JumpError(StochdynError, ArithmeticError):
+    """Jumps accumulate at a finite time, or the time of one cannot be located or differentiated."""
+
+
 class DivergedError(StochdynError, ArithmeticError):
     """A path left the finite numbers; the message gives the first bad time and the last finite state."""
 

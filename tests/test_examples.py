@@ -25,6 +25,8 @@ TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
 EARTHQUAKES = ROOT / "examples" / "earthquakes.py"
 LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
+BOUNCING_BALL = ROOT / "examples" / "bouncing_ball.py"
+THEOPHYLLINE = ROOT / "examples" / "theophylline.py"
 
 
 def python(*args, cwd=ROOT, timeout=100):
@@ -117,6 +119,25 @@ def test_tipping_points(tmp_path, smoke):
     assert "truth: stable node at -0.38, unstable node at 0.69, stable node at 1.99" in printed
     assert re.search(r"^probability of alternative stable states: [01]\.\d\d$", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "tipping_points.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not BOUNCING_BALL.exists(), reason="an installed package has no examples")
+def test_bouncing_ball(tmp_path):
+    done = python("-W", "ignore", str(BOUNCING_BALL), "--smoke", cwd=tmp_path)
+    assert re.search(r"^gravity \d+\.\d+ \+- 0\.\d+, truth 9.81$", done.stdout, re.MULTILINE)
+    found = re.findall(r"bounces until they accumulate, at \d+\.\d+ s: at rest$", done.stdout, re.MULTILINE)
+    assert len(found) == 3
+    assert (tmp_path / "examples" / "output" / "bouncing_ball.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not THEOPHYLLINE.exists(), reason="an installed package has no examples")
+def test_theophylline(tmp_path, monkeypatch):
+    monkeypatch.delenv("STOCHDYN_DATA", raising=False)
+    done = python("-W", "ignore", str(THEOPHYLLINE), "--smoke", cwd=tmp_path)
+    assert "12 patients, simulated" in done.stdout
+    for name in ("absorption", "clearance", "volume", "lag"):
+        assert re.search(rf"^{name} +\d+\.\d+ .*\[\d+\.\d+, \d+\.\d+\]$", done.stdout, re.MULTILINE), name
+    assert (tmp_path / "examples" / "output" / "theophylline.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not EARTHQUAKES.exists(), reason="an installed package has no examples")

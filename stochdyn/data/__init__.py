@@ -2,6 +2,7 @@
 
 from stochdyn.data import datasets
 from stochdyn.data.covariates import AbstractInterpolation, Carried, LinearInterpolation
+from stochdyn.data.doses import Dose, Doses
 from stochdyn.data.grid import TimeGrid
 from stochdyn.data.jumps import Jumps
 from stochdyn.data.population import AbstractPopulation
@@ -11,6 +12,8 @@ __all__ = [
     "AbstractInterpolation",
     "AbstractPopulation",
     "Carried",
+    "Dose",
+    "Doses",
     "Jumps",
     "LinearInterpolation",
     "Series",

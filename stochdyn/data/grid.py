@@ -38,6 +38,7 @@ class TimeGrid:
         substeps: steps per gap; 5 where neither is given.
         dt: the longest step, in the unit of the times.
         start: a time, or one per series, at or before the first: the path's initial state is there.
+        through: further times that must be on the grid, (time,) or (series, time), e.g. those of doses; inf is none.
 
     Attributes:
         ts: the grid, float64.
@@ -59,7 +60,13 @@ class TimeGrid:
     _stride: int | None
 
     def __init__(
-        self, times: Any, substeps: int | None = None, *, dt: float | None = None, start: Any = None
+        self,
+        times: Any,
+        substeps: int | None = None,
+        *,
+        dt: float | None = None,
+        start: Any = None,
+        through: Any = None,
     ) -> None:
         if substeps is not None and dt is not None:
             raise TimeError(
@@ -71,12 +78,17 @@ class TimeGrid:
         check_shape("times", knots, ["*batch", "time"])
         _check_knots(knots)
         knots = knots if start is None else _prepend(knots, as_real("start", start))
+        position = None
+        if through is not None:
+            knots, position = _merge(knots, as_real("through", through))
         if dt is None:
             count = _check_substeps(5 if substeps is None else substeps, knots)
             ts, index = _cut_evenly(knots, count)
         else:
             count = None
             ts, index = _cut_by_length(knots, _count_steps(knots, dt))
+        if position is not None:
+            index, count = index.gather(-1, position), None
         self.__dict__.update(ts=ts, index=index if start is None else index[..., 1:], _stride=count)
 
     @property
@@ -211,6 +223,30 @@ def _prepend(times: Tensor, start: Tensor) -> Tensor:
             f"time {show_time(first)}. Start the path earlier."
         )
     return torch.cat([start[..., None], times], -1)
+
+
+def _merge(knots: Tensor, through: Tensor) -> tuple[Tensor, Tensor]:
+    """The knots with further times among them, repeats at the end, and the position of each knot."""
+    through = through.to(knots.device, torch.float64)
+    check_shape("through", through, ["*batch", "time"])
+    batch = torch.broadcast_shapes(knots.shape[:-1], through.shape[:-1])
+    knots, through = knots.expand(*batch, -1).contiguous(), through.expand(*batch, -1)
+    last = knots[..., -1:]
+    real = through.isfinite()
+    bad = (real & ((through < knots[..., :1]) | (through > last))) | through.isnan()
+    if bool(bad.any()):
+        got, first = through[bad][0], knots[..., :1].expand(bad.shape)[bad][0]
+        raise TimeError(
+            f"`through` has time {show_time(got)}, but the grid goes from {show_time(first)}"
+            f" to {show_time(last.expand(bad.shape)[bad][0])}. Start it earlier (start=), or leave the time out."
+        )
+    merged = torch.cat([knots, torch.where(real, through, last)], -1).sort(-1).values
+    fresh = torch.cat([torch.ones_like(merged[..., :1], dtype=torch.bool), merged.diff(dim=-1) > 0], -1)
+    count = fresh.sum(-1, keepdim=True)
+    order = (~fresh).to(torch.int8).argsort(dim=-1, stable=True)
+    merged = merged.gather(-1, order)[..., : int(count.max())]
+    merged = torch.where(torch.arange(merged.shape[-1], device=merged.device) < count, merged, last)
+    return merged, torch.searchsorted(merged.contiguous(), knots)
 
 
 def _check_substeps(substeps: int, times: Tensor) -> int:

@@ -5,6 +5,7 @@ from stochdyn.paths.compiled import Compiled
 from stochdyn.paths.filter import particle_evidence
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.guided_jumps import GuidedJumpPath
+from stochdyn.paths.hybrid import TriggeredJumps
 from stochdyn.paths.jump_diffusion import JumpDiffusionPath
 from stochdyn.paths.jump_sizes import AbstractJumpSize, CompoundPoisson, DoubleExponentialJump, NormalJump
 from stochdyn.paths.marginal import MarginalPath
@@ -22,6 +23,8 @@ from stochdyn.paths.points import (
     SelfCorrecting,
     Thinning,
 )
+from stochdyn.paths.schedule import Schedule
 from stochdyn.paths.sde import SDEPath, information_filter
 from stochdyn.paths.simulate import sdeint
 from stochdyn.paths.stationary import Stationary
+from stochdyn.paths.trigger import Trigger

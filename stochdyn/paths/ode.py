@@ -1,5 +1,8 @@
 """Ordinary differential equations: solved, not sampled."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from stochdyn.paths.checks import (
     lift,
 )
 from stochdyn.paths.drifts import in_time
+from stochdyn.paths.system import Jump, check_accumulation, check_direct, read_jumps
 from stochdyn.solvers import AbstractGradient, AbstractODESolver, Direct, Dopri5
 from stochdyn.solvers.gradients import Flow, check_gradient
 
@@ -27,7 +31,10 @@ def odeint(
     solver: AbstractODESolver = Dopri5(),  # noqa: B008
     gradient: AbstractGradient = Direct(),  # noqa: B008
     context: Tensor | None = None,
-) -> Tensor:
+    jumps: Sequence[Jump] | None = None,
+    return_jumps: bool = False,
+    max_jumps: int = 1000,
+) -> Any:
     """Solve dz/dt = field(t, z[, context]) from z0 at the first time: the states at all times.
 
     An ODE has no density: in a Pyro model its solution is a function of the latents, recorded with
@@ -43,14 +50,23 @@ def odeint(
             stiff systems.
         gradient: `Direct()`, `Checkpointed()` or `Adjoint()`.
         context: (*batch, context_dim), or (*batch, time, context_dim): the row at a gap's start is used in it.
+        jumps: `Trigger`s (where a condition on the state crosses zero), `Schedule`s (at known times) and `Doses`; each
+            series jumps at its own times, which are found to the solver's own error. A path has the state after the
+            jump at the time of one. With solvers of fixed steps, `Dopri5()` or `Tsit5()`, and `Direct()`.
+        return_jumps: whether the jumps of the triggers are returned too.
+        max_jumps: of one series; more are an error.
 
     Shapes:
-        (*batch, time, state), the batch being the broadcast of z0, ts, context and of what the field returns.
+        (*batch, time, state), the batch being the broadcast of z0, ts, context and of what field, conditions and jump
+        maps return; with `return_jumps` this and a `TriggeredJumps`.
 
     Raises:
         ShapeError, TimeError, FieldError, DtypeError: if the parts do not fit together, from one call of the field.
         DivergedError: naming series and first bad time, if the solution leaves the finite numbers or the solver
             gives up.
+        PaddingError: if there are more than `max_jumps`.
+        JumpError: if jumps accumulate (Zeno) and `return_jumps` is False, naming series and time; else it is a field of
+            the `TriggeredJumps`, and the path stands still from there.
 
     References:
         Chen, Rubanova, Bettencourt & Duvenaud, "Neural ordinary differential equations", 2018,
@@ -80,15 +96,26 @@ def odeint(
     batch = _probe(field, z0.expand(*base, z0.shape[-1]), lift(times, len(base) + 1)[0].to(z0.dtype), first)
     if context is not None and by_time is not None and by_time.shape[0] > 1 and context.dim() == 2:
         check_unambiguous(context, ts.shape[-1], batch)
+    system = None
+    if jumps is not None or return_jumps:
+        check_direct(gradient)
+        at = (lift(times, len(batch) + 1)[0].to(z0.dtype), z0.expand(*batch, z0.shape[-1]), first)
+        system, batch = read_jumps(jumps or (), at, ts, max_jumps)
     if by_time is not None:
         by_time = lift(in_time(by_time, ts.shape[-1] - 1), len(batch) + 1)
     start = z0.expand(*batch, z0.shape[-1])
     flow = Flow(field, by_time, start, lift(times, len(batch) + 1), solver)
-    states = gradient.solve(flow).movedim(0, -2)
+    found = None
+    if system is None:
+        states = gradient.solve(flow).movedim(0, -2)
+    else:
+        states, found = system.solve(flow)
     bad = first_bad(states, ts, batch) if validate else None
     if bad is not None:
         raise DivergedError(f"{bad} Bound the field, use a smaller step (substeps), or start nearer.")
-    return states
+    if found is not None and not return_jumps:
+        check_accumulation(found)
+    return (states, found) if return_jumps else states
 
 
 def _check_kinds(z0: object, solver: object, gradient: object) -> None:

@@ -206,3 +206,23 @@ def test_repr():
     shown = repr(sd.TimeGrid([0, 1, 4], substeps=2))
     assert shown == "TimeGrid(4 steps, 2 per gap, from 0 to 4, ts of shape (5,))"
     assert "by dt" in repr(sd.TimeGrid([0, 1, 4], dt=2.0))
+
+
+def test_further_times_on_the_grid():
+    """Each series has its own; the observation times keep their positions, padding its zero steps."""
+    through = torch.tensor([[0.0, 3.0], [1.0, float("inf")]])
+    grid = sd.TimeGrid([[0.0, 2.0, 5.0], [1.0, 2.0, 2.0]], substeps=2, through=through)
+    assert grid.ts[0].tolist() == [0.0, 1.0, 2.0, 2.5, 3.0, 4.0, 5.0]
+    assert grid.ts[1].tolist() == [1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert grid.observed(grid.ts[..., None])[..., 0].tolist() == [[0.0, 2.0, 5.0], [1.0, 2.0, 2.0]]
+    by_length = sd.TimeGrid([1.0, 2.0], dt=0.3, start=0.0, through=[0.5])
+    assert 0.5 in by_length.ts.tolist() and by_length.observed(by_length.ts[:, None])[:, 0].tolist() == [
+        1.0,
+        2.0,
+    ]
+
+
+@pytest.mark.parametrize("time", [0.5, 2.5, float("nan")])
+def test_further_times_outside_the_grid_are_refused(time):
+    with pytest.raises(sd.TimeError, match="`through` has time .*, but the grid goes from 1 to 2"):
+        sd.TimeGrid([1.0, 2.0], through=[time])
