@@ -85,7 +85,7 @@ def read_jumps(
     with evaluating(*pair(fit), seed=seed):
         found = draw(fit, data, draws)
         chosen = _chosen({**found.observed, **found.prior}, site)
-        path = chosen.fn
+        path = _inner(chosen.fn)
         log_none, size = path.steps(chosen.value).posterior()
     gap, inside, edges = _gaps(path.ts, data)
     none, size = log_none.movedim(0, -1), size.movedim(0, -2)
@@ -103,8 +103,15 @@ def read_jumps(
     return JumpReading(known[:, :-1], known[:, 1:], probability.numpy(), mean.numpy(), data, chosen.name)
 
 
+def _inner(fn: Any) -> Any:
+    """A distribution without what `to_event` and `mask` wrap around it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
 def _chosen(sites: dict[str, Site], name: str | None) -> Site:
-    jumping = {n: s for n, s in sites.items() if isinstance(s.fn, JumpDiffusionPath)}
+    jumping = {n: s for n, s in sites.items() if isinstance(_inner(s.fn), JumpDiffusionPath)}
     if name is not None and name in jumping:
         return jumping[name]
     if name is None and len(jumping) == 1:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stochdyn.paths.jump_diffusion import JumpDiffusionPath
 
 _LOG_2PI = math.log(2 * math.pi)
+_BLOCK = 2**21  # numbers at once
 
 
 class GuidedJumpPath(dist.TorchDistribution):
@@ -164,8 +165,18 @@ class GuidedJumpPath(dist.TorchDistribution):
         steps = self.prior.steps(value)
         at = message.time_major().lifted(steps.a.dim() - 1)
         most = max(self.prior.counts(steps.rate, FILTER_TAIL), 1)
-        mixture = self._mixture(steps.a, steps.scale, steps.rate, at[1:], most)
-        density = log_density(*mixture.flat, steps.after)
+        rate = steps.rate.expand(*steps.a.shape[:-1], 1)
+        size = steps.a[:1].numel() * (most + 1) * message.log_weight.shape[-1]
+        rows = max(_BLOCK // max(size, 1), 1)
+        parts = [slice(k, k + rows) for k in range(0, len(steps.a), rows)]
+        density = torch.cat(
+            [
+                log_density(
+                    *self._mixture(steps.a[p], steps.scale[p], rate[p], at[1:][p], most).flat, steps.after[p]
+                )
+                for p in parts
+            ]
+        )
         density = torch.where(steps.real, density, torch.zeros_like(density))
         return self._score_start(value[..., 0, :], message) + density.sum(0)
 

@@ -70,9 +70,8 @@ def test_a_model_without_jumps_or_with_two_is_named():
     def none(batch):
         level = pyro.sample("level", dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
         with batch.plate("series"):
-            pyro.sample(
-                "y", dist.Normal(level[..., None, None], 1.0).expand((2, 4, 1)).to_event(2), obs=batch.values
-            )
+            seen = dist.Normal(level[..., None, None] + 0 * batch.values, 1.0)
+            pyro.sample("y", seen.to_event(2), obs=batch.values)
 
     with pytest.raises(sd.FieldError, match=r"none of the model's sites \['level', 'y'\]"):
         read_jumps((none, sd.AmortizedGuide(none)), series)
@@ -80,11 +79,9 @@ def test_a_model_without_jumps_or_with_two_is_named():
     def two(batch):
         observed(batch, "a")
         jumps = sd.CompoundPoisson(0.1, sd.NormalJump(0.0, 4.0))
-        with batch.plate("series"):
-            path = sd.JumpDiffusionPath(
-                lambda t, z: 0 * z, torch.tensor([0.3], dtype=F64), jumps, batch.values[:, 0], batch.times
-            )
-            pyro.sample("b", path, obs=batch.values)
+        scale = torch.tensor([0.3], dtype=F64)
+        path = sd.JumpDiffusionPath(lambda t, z: 0 * z, scale, jumps, batch.values[:, 0], batch.times)
+        pyro.sample("b", path.to_event(1), obs=batch.values)
 
     with pytest.raises(sd.FieldError, match=r"several of .* jump diffusions are \['a', 'b'\]"):
         read_jumps((two, sd.AmortizedGuide(two)), series)

@@ -110,8 +110,11 @@ def test_the_correction_is_learned_and_stored(encoder):
     assert len(fit.losses) == 3 and all(map(math.isfinite, fit.losses))
     other = sd.AmortizedGuide(model, sd.GRUEncoder(1, 4).double() if encoder else None)
     other.load_state_dict(guide.state_dict())
-    first, again = (loss(model, g.eval(), series) for g in (guide, other))
-    assert abs(first - again) < 3
+    found = []
+    for g in (guide, other, sd.AmortizedGuide(model, net)):
+        pyro.set_rng_seed(3)
+        found.append(loss(model, g.eval(), series))
+    assert abs(found[0] - found[1]) < 1e-6 < abs(found[0] - found[2])
 
 
 def test_a_correction_of_nothing_changes_nothing():
@@ -141,7 +144,7 @@ def test_intervals_cover_jumps_are_found_over_200_replicates():
     """A target of this library: 90 % intervals cover .85 to .95, area under the curve at least .95."""
     series, states, counts = simulate(200)
     guide = sd.AmortizedGuide(known, paths=sd.FilterMessage(learned=False))
-    z = sd.predict((known, guide), series, draws=200).states[..., ::2, 0]
+    z = sd.predict((known, guide), series, draws=100).states[..., 0]
     low, high = z.quantile(0.05, 0), z.quantile(0.95, 0)
     covered = ((states >= low) & (states <= high)).double().mean()
     assert 0.85 < covered < 0.95
@@ -158,7 +161,7 @@ def test_intervals_cover_jumps_are_found_over_200_replicates():
 
 @pytest.mark.slow
 def test_a_learned_volatility_is_not_inflated_by_jumps_and_a_diffusion_s_is():
-    series, *_ = simulate(60)
+    series, *_ = simulate(40)
     found = {}
     for jumps in (True, False):
         pyro.set_rng_seed(1)
@@ -167,7 +170,7 @@ def test_a_learned_volatility_is_not_inflated_by_jumps_and_a_diffusion_s_is():
             model(batch, jumps=jumps)
 
         guide = sd.AmortizedGuide(own, paths=sd.FilterMessage(learned=False))
-        fit = sd.fit(own, guide, series, steps=120, lr=0.05, progress=False)
+        fit = sd.fit(own, guide, series, steps=80, lr=0.05, progress=False)
         draws = sd.predict(fit, series, draws=200).latents["sigma"]
         found[jumps] = draws.mean().item(), draws.std().item()
     assert abs(found[True][0] - SIGMA) < 4 * found[True][1] and found[True][1] < 0.05
