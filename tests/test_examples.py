@@ -26,6 +26,7 @@ EARTHQUAKES = ROOT / "examples" / "earthquakes.py"
 LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 BOUNCING_BALL = ROOT / "examples" / "bouncing_ball.py"
+ELECTRICITY = ROOT / "examples" / "electricity.py"
 THEOPHYLLINE = ROOT / "examples" / "theophylline.py"
 
 
@@ -122,32 +123,46 @@ def test_tipping_points(tmp_path, smoke):
 
 
 @pytest.mark.skipif(not BOUNCING_BALL.exists(), reason="an installed package has no examples")
-def test_bouncing_ball(tmp_path):
-    done = python("-W", "ignore", str(BOUNCING_BALL), "--smoke", cwd=tmp_path)
-    assert re.search(r"^gravity \d+\.\d+ \+- 0\.\d+, truth 9.81$", done.stdout, re.MULTILINE)
-    found = re.findall(r"bounces until they accumulate, at \d+\.\d+ s: at rest$", done.stdout, re.MULTILINE)
+def test_bouncing_ball(tmp_path, smoke):
+    printed = smoke(BOUNCING_BALL)
+    assert re.search(r"^gravity \d+\.\d+ \+- 0\.\d+, truth 9.81$", printed, re.MULTILINE)
+    found = re.findall(r"bounces until they accumulate, at \d+\.\d+ s: at rest$", printed, re.MULTILINE)
     assert len(found) == 3
     assert (tmp_path / "examples" / "output" / "bouncing_ball.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not THEOPHYLLINE.exists(), reason="an installed package has no examples")
-def test_theophylline(tmp_path, monkeypatch):
+def test_theophylline(tmp_path, monkeypatch, smoke):
     monkeypatch.delenv("STOCHDYN_DATA", raising=False)
-    done = python("-W", "ignore", str(THEOPHYLLINE), "--smoke", cwd=tmp_path)
-    assert "12 patients, simulated" in done.stdout
+    printed = smoke(THEOPHYLLINE)
+    assert "12 patients, simulated" in printed
     for name in ("absorption", "clearance", "volume", "lag"):
-        assert re.search(rf"^{name} +\d+\.\d+ .*\[\d+\.\d+, \d+\.\d+\]$", done.stdout, re.MULTILINE), name
+        assert re.search(rf"^{name} +\d+\.\d+ .*\[\d+\.\d+, \d+\.\d+\]$", printed, re.MULTILINE), name
     assert (tmp_path / "examples" / "output" / "theophylline.png").stat().st_size > 10_000
 
 
-@pytest.mark.skipif(not EARTHQUAKES.exists(), reason="an installed package has no examples")
-def test_earthquakes(tmp_path, monkeypatch):
+@pytest.mark.skipif(not ELECTRICITY.exists(), reason="an installed package has no examples")
+def test_electricity(tmp_path, monkeypatch, smoke):
     monkeypatch.delenv("STOCHDYN_DATA", raising=False)
-    done = python("-W", "error", str(EARTHQUAKES), "--smoke", cwd=tmp_path)
-    assert "simulated data" in done.stdout
+    printed = smoke(ELECTRICITY)
+    assert "simulated prices, 200 days" in printed
+    for name in ("level", "pull", "noise", "often", "heat", "shift", "spread"):
+        found = re.search(rf"^{name} +-?\d+\.\d+ +\[-?\d+\.\d+, -?\d+\.\d+\] +\(truth", printed, re.MULTILINE)
+        assert found, name
+    assert re.search(
+        r"^\d+ days jumped with a probability above one half; expected \d+$", printed, re.MULTILINE
+    )
+    assert (tmp_path / "examples" / "output" / "electricity.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not EARTHQUAKES.exists(), reason="an installed package has no examples")
+def test_earthquakes(tmp_path, monkeypatch, smoke):
+    monkeypatch.delenv("STOCHDYN_DATA", raising=False)
+    printed = smoke(EARTHQUAKES, warned="error")
+    assert "simulated data" in printed
     for name in ("base", "decay", "smallest", "growth"):
-        assert re.search(rf"^{name} +\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]$", done.stdout, re.MULTILINE), name
-    assert re.search(r"^Poisson +\d+ rescaled gaps: KS 0\.\d+", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{name} +\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]$", printed, re.MULTILINE), name
+    assert re.search(r"^Poisson +\d+ rescaled gaps: KS 0\.\d+", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "earthquakes.png").stat().st_size > 10_000
 
 

@@ -40,7 +40,7 @@ def model(batch, sigma=None, jumps=True):
     grid = sd.TimeGrid(batch.times, substeps=2)
 
     def spread(t, z):
-        return sigma[..., None, None] + 0 * z
+        return sigma[..., None] + 0 * z
 
     with batch.plate("series"):
         start = dist.Normal(torch.zeros(1, dtype=F64), 0.1).to_event(1)
