@@ -69,9 +69,9 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     pyro.set_rng_seed(0)
     data, truth = simulate()
     guide = sd.AmortizedGuide(model)
-    fit = sd.fit(model, guide, data, steps=10 if smoke else 200, lr=0.05)
+    fit = sd.fit(model, guide, data, steps=4 if smoke else 200, lr=0.05)
     print(fit)
-    draws = 20 if smoke else 200
+    draws = 10 if smoke else 200
     latents = sd.predict(fit, data, draws=draws).latents
     gravity, restitution = latents["gravity"].reshape(draws), latents["restitution"].reshape(draws, 3)
     print(f"gravity {gravity.mean():.3f} +- {gravity.std():.3f}, truth 9.81")
@@ -80,7 +80,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
         print(f"{name:<7} restitution {own.mean():.3f} +- {own.std():.3f}, truth {truth[k]:.2f}")
 
     with torch.no_grad():
-        ts = torch.linspace(0, 12, 1201, dtype=torch.float64)
+        ts = torch.linspace(0, 12, 121 if smoke else 1201, dtype=torch.float64)
         heights = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
         path, bounces = drop(heights, gravity.mean(), restitution.mean(0), ts)
     for name, count, rest in zip(

@@ -104,7 +104,7 @@ def main(smoke: bool = False) -> None:
     series = real(folder) if folder else simulated(200 if smoke else 2000)
     print(f"{'prices of Victoria' if folder else 'simulated prices'}, {series.times.shape[-1]} days")
     guide = sd.AmortizedGuide(model)
-    steps = 30 if smoke else 600
+    steps = 30 if smoke else 300
     fit = sd.fit(
         model, guide, series, steps=steps, lr=0.03, objective=sd.ELBO(particles=8), progress=not smoke
     )

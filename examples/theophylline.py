@@ -110,10 +110,10 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     print(f"{len(data)} patients, {kind}")
     model = Theophylline(doses)
     guide = sd.AmortizedGuide(model)
-    fit = sd.fit(model, guide, data, steps=8 if smoke else 200, lr=0.06)
+    fit = sd.fit(model, guide, data, steps=3 if smoke else 200, lr=0.06)
     print(fit)
 
-    draws = 20 if smoke else 200
+    draws = 10 if smoke else 200
     latents = sd.predict(fit, data, draws=draws).latents
     level, lag = latents["level"].reshape(draws, 3).exp(), latents["lag"].reshape(draws)
     for name, x, unit in zip(
