@@ -150,7 +150,7 @@ def test_ode_by_nuts():
     pyro.set_rng_seed(0)
     start = {name: torch.tensor(v, dtype=F64) for name, v in MODE.items()}
     kernel = NUTS(ode, init_strategy=init_to_value(values=start), full_mass=True, max_tree_depth=7)
-    mcmc = MCMC(kernel, num_samples=1000, warmup_steps=300, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=2500, warmup_steps=300, disable_progbar=True)
     mcmc.run(pelts())
     shift, ratio = distances(mcmc.get_samples())
     assert np.abs(shift).max() < 0.1
