@@ -295,7 +295,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights and batches; the split is always the same"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="two on a busy machine are far slower")
     parser.add_argument("--quick", action="store_true", help="few stays and steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
     return parser.parse_args()
