@@ -1,7 +1,7 @@
 """Intensive care, PhysioNet 2012: latent SDEs that interpolate vital signs and laboratory values of single stays.
 
     export STOCHDYN_DATA=FOLDER                  # holds physionet2012_train.npz
-    python benchmarks/physionet.py               # about a quarter of an hour on two cores
+    python benchmarks/physionet.py               # six minutes of one core
     python benchmarks/physionet.py --part val    # settings are chosen on this part
     python benchmarks/physionet.py --quick       # few stays and steps, under a minute
 
