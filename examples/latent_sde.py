@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Noise that depends on the state: how sure may I be where I did not measure?
 #
-# A hundred buoys measure the same kind of signal at irregular times, with an error. Each has a hole of two hours, and
-# nothing is seen of its last fifth. The signal is calm when it is low and restless when it is high, which nobody told the
-# model: a latent SDE learns drift and diffusion from the data. Are its intervals, in the holes and ahead, narrow where
-# the signal is calm and wide where it is restless, and do they hold the truth as often as they say? The data are
-# simulated, so the answer is known.
+# Two hundred buoys measured the same kind of signal at irregular times, with an error. The signal is calm when it is
+# low and restless when it is high, which nobody told the model: a latent SDE learns drift and diffusion from the
+# data. Three hundred other buoys each have a hole of two hours, and nothing is seen of their last fifth. Are the
+# intervals there narrow where the signal is calm and wide where it is restless, and do they hold the truth as often
+# as they say? The data are simulated, so the answer is known.
 
 # %%
 import argparse
@@ -53,11 +53,12 @@ def simulate(buoys: int, readings: int, *, holes: bool) -> tuple[sd.Series, Tens
 
 
 # %% [markdown]
-# The model: `LatentSDE` with one state, which is the signal itself (an identity decoder), so that what it learns has the
-# units of the data. The error of the measurements is learned too. `FilterMessage(learned=False)` makes the guide a
-# smoother that follows the model as it changes, with nothing of its own to train.
+# The model: `LatentSDE` with one state, which is the signal itself (an identity decoder), so that what it learns has
+# the units of the data. The error of the measurements is learned too. `FilterMessage(learned=False)` makes the guide
+# a smoother that follows the model as it changes: it has nothing of its own to train, and serves buoys never seen.
 #
-# Beside it two others: the same with a noise of one learned size, and one that knows the truth and learns nothing.
+# Beside it are two others: the same with a noise of one learned size, and one that knows the truth and learns
+# nothing.
 
 
 # %%
@@ -104,9 +105,9 @@ def informed() -> sd.Fit:
 
 
 # %% [markdown]
-# How often an interval holds the truth is counted on other buoys, which no model was trained on. They are sorted by what
-# was *predicted* (the median below or above 0). Sorted by the true state even the true model looks wrong, since states
-# far out are the surprises: the last line of the table shows it.
+# The points are sorted by what was *predicted*: the median below or above 0. Sorted by the true state, even the true
+# model looks wrong, since states far out are those that surprise: the line after the table shows by how much. The
+# rows of the true model are the yardstick: where they are below 90 %, learning is not to blame.
 
 
 # %%
@@ -130,7 +131,9 @@ def coverage(name: str, fit: sd.Fit, data: sd.Series, states: Tensor, draws: int
             width = (high - low)[some].mean()
             print(f"{name:12s} {place:12s} {kind:8s} {share(inside, some)}, width {width:.2f}")
     if name == "true":
-        print(f"{name}, in the holes, where the true state is above 0: {share(inside, unseen & ~ahead & (states >= 0))}")
+        print(
+            f"{name}, in the holes, where the true state is above 0: {share(inside, unseen & ~ahead & (states >= 0))}"
+        )
     return prediction
 
 
@@ -138,7 +141,10 @@ def read(fit: sd.Fit, data: sd.Series, prediction: sd.Prediction) -> sd.FieldRea
     """The learned drift and diffusion on a line, printed beside the truth at three points."""
     line = torch.linspace(-2.0, 2.4, 111)[:, None]
     reading = sd.read_field(fit, data, line, draws=1)
-    for name, learned, true in (("drift", reading.drift, pull), ("diffusion", reading.diffusion, restlessness)):
+    for name, learned, true in (
+        ("drift", reading.drift, pull),
+        ("diffusion", reading.diffusion, restlessness),
+    ):
         pairs = (f"{learned[0, k, 0]:.2f} ({true(line[k]).item():.2f})" for k in (25, 50, 75))
         print(f"{name} at -1, 0 and 1, and in truth: {', '.join(pairs)}")
     return replace(reading, states=prediction.states.flatten(1, 2), shape=(111,))

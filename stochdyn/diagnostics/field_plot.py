@@ -224,8 +224,16 @@ def _draw_counts(ax: Axes, states: np.ndarray) -> None:
         lw=0,
         zorder=4,
     )
+    peak = edges[count.argmax() : count.argmax() + 2].mean()
     ax.text(
-        edges[0], bottom + 0.22 * (top - bottom), "states", color=MUTED, fontsize="small", ha="left", zorder=4
+        peak,
+        bottom + 0.21 * (top - bottom),
+        "states",
+        color=MUTED,
+        fontsize="small",
+        ha="center",
+        va="bottom",
+        zorder=4,
     )
 
 
