@@ -1,7 +1,7 @@
 """Intensive care, PhysioNet 2012: latent SDEs that interpolate vital signs and laboratory values of single stays.
 
     export STOCHDYN_DATA=FOLDER                  # holds physionet2012_train.npz
-    python benchmarks/physionet.py               # about a quarter of an hour on two cores
+    python benchmarks/physionet.py               # six minutes of one core
     python benchmarks/physionet.py --part val    # settings are chosen on this part
     python benchmarks/physionet.py --quick       # few stays and steps, under a minute
 
@@ -295,7 +295,7 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights and batches; the split is always the same"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="two on a busy machine are far slower")
     parser.add_argument("--quick", action="store_true", help="few stays and steps")
     parser.add_argument("--json", type=Path, help="write the figures here")
     return parser.parse_args()

@@ -167,14 +167,14 @@ def test_earthquakes(tmp_path, monkeypatch, smoke):
 
 
 @pytest.mark.skipif(not LATENT_SDE.exists(), reason="an installed package has no examples")
-def test_latent_sde(tmp_path):
-    done = python("-W", "ignore", str(LATENT_SDE), "--smoke", cwd=tmp_path)
-    found = re.findall(
-        r"^(.*): the 90 % interval holds the truth at \d+%, width \d\.\d\d$", done.stdout, re.MULTILINE
-    )
-    assert found == [
-        f"{place}, {kind}" for place in ("in the holes", "ahead") for kind in ("calm", "restless")
-    ]
+def test_latent_sde(tmp_path, smoke):
+    printed = smoke(LATENT_SDE)
+    row = r"^(\S.*?) +(in the holes|ahead) +(calm|restless) +\d+\.\d% \+- \d+\.\d%, width \d\.\d\d$"
+    found = re.findall(row, printed, re.MULTILINE)
+    models, places, kinds = ("learned", "one size", "true"), ("in the holes", "ahead"), ("calm", "restless")
+    assert found == [(model, place, kind) for model in models for place in places for kind in kinds]
+    assert re.search(r"^drift at .*: -?\d\.\d\d \(0\.60\), .* \(-0\.60\)$", printed, re.MULTILINE)
+    assert re.search(r"^diffusion at .* \(0\.55\), .* \(0\.80\), .* \(1\.05\)$", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "latent_sde.png").stat().st_size > 10_000
 
 

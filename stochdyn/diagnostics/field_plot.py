@@ -32,7 +32,8 @@ def plot_field(
     """Plot a learned field: along a line drift above diffusion, with posterior bands; in a plane the flow.
 
     Where the smoothed states do not go the picture is extrapolation and is faded. Bands are central 50, 80 and 95 %
-    intervals over the draws; they hold the uncertainty of what was sampled, not that of trained weights.
+    intervals over the draws, left out for a single one; they hold the uncertainty of what was sampled, not that of
+    trained weights.
 
     Args:
         reading: what `read_field` returns, on its own points.
@@ -162,10 +163,10 @@ def _draw_line(
         grid, ("drift", "diffusion"), (reading.drift, reading.diffusion), truths, COLORS[:2], strict=True
     ):
         draws = as_array(values[..., d]).astype(float)
-        for width in INTERVALS:
+        for width in INTERVALS if len(draws) > 1 else ():
             band = np.quantile(draws, [(1 - width) / 2, (1 + width) / 2], axis=0)
             ax.fill_between(x, *band, color=color, alpha=0.22, lw=0, label=f"{width:.0%}")
-        ax.plot(x, np.median(draws, 0), color=color, lw=1.8, label="median")
+        ax.plot(x, np.median(draws, 0), color=color, lw=1.8, label="median" if len(draws) > 1 else "learned")
         if truth is not None:
             ax.plot(
                 x, as_array(truth(reading.points)[:, d]), color=INK, lw=1.3, ls=(0, (2, 1.5)), label="truth"
@@ -204,8 +205,12 @@ def _limits(ax: Axes, draws: np.ndarray, inside: np.ndarray, truth: np.ndarray |
 
 
 def _draw_counts(ax: Axes, states: np.ndarray) -> None:
-    """Where the smoothed states are, as a histogram along the bottom."""
-    count, edges = np.histogram(states, 40)
+    """Where the smoothed states are, as a histogram along the bottom; as far as the axis reaches."""
+    left, right = ax.get_xlim()
+    shown = states[(states >= left) & (states <= right)]
+    if not len(shown):
+        return
+    count, edges = np.histogram(shown, 40)
     bottom, top = ax.get_ylim()
     height = 0.2 * (top - bottom) * count / count.max()
     ax.bar(
@@ -219,8 +224,16 @@ def _draw_counts(ax: Axes, states: np.ndarray) -> None:
         lw=0,
         zorder=4,
     )
+    peak = edges[count.argmax() : count.argmax() + 2].mean()
     ax.text(
-        edges[0], bottom + 0.22 * (top - bottom), "states", color=MUTED, fontsize="small", ha="left", zorder=4
+        peak,
+        bottom + 0.21 * (top - bottom),
+        "states",
+        color=MUTED,
+        fontsize="small",
+        ha="center",
+        va="bottom",
+        zorder=4,
     )
 
 

@@ -1,5 +1,7 @@
 """What the plots of fields show, read back from the figure."""
 
+from dataclasses import replace
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -62,6 +64,19 @@ def test_a_line_has_median_bands_truth_and_faded_ends():
     outer = np.quantile(reading.drift[:, 0, 0], [0.025, 0.975])
     assert min(band) <= outer[0] and max(band) >= outer[1]
     assert [t.get_text() for t in top.texts] == ["no data", "no data"]
+
+
+def test_one_draw_has_no_bands_and_states_outside_the_points_are_left_out():
+    reading = replace(line(draws=1), states=10 * line().states)
+    _, bottom = sd.plot_field(reading)
+    assert {part.get_label() for part in bottom.lines} == {"learned"}
+    bars = bottom.containers[0].patches
+    assert min(bar.get_x() for bar in bars) >= -2 and max(bar.get_x() + bar.get_width() for bar in bars) <= 2
+    assert next(-2 < text.get_position()[0] < 2 for text in bottom.texts if text.get_text() == "states")
+    assert not bottom.collections and sd.plot_field(line())[1].collections
+    # The control: all states are drawn where the points reach them.
+    bars = sd.plot_field(line())[1].containers[0].patches
+    assert len(bars) == 40 and max(bar.get_x() for bar in bars) < 1
 
 
 def test_a_plane_streams_and_fades_where_no_state_is_near():
