@@ -69,14 +69,14 @@ def read_jumps(
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch, stochdyn as sd
-        >>> y = torch.tensor([0.0, 0.1, 5.0, 5.1])[:, None]
+        >>> y = torch.tensor([0.0, 0.1, 5.0, 5.1])[None, :, None]
         >>> series = sd.Series(torch.arange(4.0), y)
         >>> def model(batch):
         ...     scale = pyro.sample("scale", dist.LogNormal(torch.tensor(-1.0), 0.5))
         ...     jumps = sd.CompoundPoisson(0.1, sd.NormalJump(0.0, 4.0))
         ...     with batch.plate("series"):
-        ...         path = sd.JumpDiffusionPath(lambda t, z: 0 * z, scale[..., None, None].expand(*scale.shape, 1, 1),
-        ...                                     jumps, batch.values[:, 0], batch.times)
+        ...         path = sd.JumpDiffusionPath(lambda t, z: 0 * z, lambda t, z: scale[..., None] + 0 * z, jumps,
+        ...                                     batch.values[:, 0], batch.times)
         ...         pyro.sample("y", path, obs=batch.values)
         >>> fit = sd.fit(model, sd.AmortizedGuide(model), series, steps=50, lr=0.05, progress=False)
         >>> sd.read_jumps(fit, series).probability.round(1)
@@ -163,7 +163,7 @@ def plot_jumps(
 
     Example:
         >>> import numpy as np, torch, stochdyn as sd
-        >>> data = sd.Series(torch.arange(4.0), torch.tensor([0.0, 0.1, 5.0, 5.1])[:, None])
+        >>> data = sd.Series(torch.arange(4.0), torch.tensor([0.0, 0.1, 5.0, 5.1])[None, :, None])
         >>> t = np.arange(4.0)[None]
         >>> reading = sd.JumpReading(t[:, :-1], t[:, 1:], np.array([[0.0, 1.0, 0.1]]), np.zeros((1, 3, 1)), data, "z")
         >>> [ax.get_ylabel() for ax in sd.plot_jumps(reading)]

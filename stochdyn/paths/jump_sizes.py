@@ -213,8 +213,8 @@ def log_poisson(n: int, rate: Tensor) -> Tensor:
     """log Poisson(n; rate), also where the rate is zero.
 
     Example:
-        >>> log_poisson(0, torch.zeros(1)), log_poisson(2, torch.zeros(1))
-        (tensor([0.]), tensor([-inf]))
+        >>> log_poisson(1, torch.ones(1)), log_poisson(2, torch.zeros(1))
+        (tensor([-1.]), tensor([-inf]))
     """
     if n == 0:
         return -rate
