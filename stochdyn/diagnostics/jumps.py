@@ -124,8 +124,14 @@ def _chosen(sites: dict[str, Site], name: str | None) -> Site:
 
 
 def _gaps(ts: Tensor, data: Series) -> tuple[Tensor, Tensor, Tensor]:
-    """The gap of every step of a grid, 1 where it is inside one, and the observation times (series, time)."""
-    edges = data.times.double().cpu()
+    """The gap of every step of a grid, 1 where it is inside one, and its edges (series, time).
+
+    A time with nothing observed is no edge: it stands where the next observation does, as a gap of no length.
+    """
+    seen, edges = data.mask.any(-1).cpu(), data.times.double().cpu()
+    edges = edges.expand(seen.shape)
+    last = torch.where(seen, edges, -torch.inf).amax(-1, keepdim=True)
+    edges = torch.where(seen, edges, torch.inf).flip(-1).cummin(-1).values.flip(-1).minimum(last)
     starts = ts.double().cpu()[..., :-1]
     edges, starts = (x.reshape(-1, x.shape[-1]) for x in (edges, starts))
     rows = max(len(edges), len(starts))

@@ -71,11 +71,14 @@ def unlearned(
 def corrected(
     base: MixtureMessage, family: FilterMessage, numbers: Tensor, unit: Tensor, around: Tensor
 ) -> MixtureMessage:
-    """Every component corrected as a message of its own; its log weight stays, as its value at `around`."""
+    """Every component corrected as a message of its own, around its own centre, where its value stays."""
     made = []
     for c in range(base.log_weight.shape[-1]):
         own = Message(base.information[..., c, None], base.precision[..., c, None, None])
-        new = family.build(numbers, unit, around, own)
-        kept = own.log_value(around) - new.log_value(around)
+        J = base.precision[..., c, None]
+        # Around a point far out in a sharp component, a small correction would move its weight by nats.
+        centre = torch.where(J > 0, own.information / torch.where(J > 0, J, torch.ones_like(J)), around)
+        new = family.build(numbers, unit, centre, own)
+        kept = own.log_value(centre) - new.log_value(centre)
         made.append((base.log_weight[..., c] + kept, new.information[..., 0], new.precision[..., 0, 0]))
     return MixtureMessage(*(torch.stack(parts, -1) for parts in zip(*made, strict=True)))

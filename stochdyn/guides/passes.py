@@ -206,9 +206,15 @@ def check_masked(nodes: Mapping[str, Any], args: tuple[Any, ...]) -> None:
             and site["mask"] is None
             and not _is_masked(site["fn"])
         ):
+            fix = "Write .mask(batch.mask).to_event(2)."
+            if is_path(site["fn"]):
+                fix = (
+                    "A path with missing values, or with series of different lengths, is latent: sample it on a "
+                    "TimeGrid, and observe grid.observed(z)."
+                )
             raise GuideError(
                 f"site '{name}' observes batch.values, of which {int((~batch.mask).sum())} are missing, without a "
-                "mask: what stands in for them would count as data. Write .mask(batch.mask).to_event(2)."
+                f"mask: what stands in for them would count as data. {fix}"
             )
 
 

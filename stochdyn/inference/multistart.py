@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from statistics import fmean
@@ -98,6 +97,11 @@ def search(
             fit.starts.append(loss)
             if loss < best[0]:
                 best = loss, state.read()
+    if fit.starts and not math.isfinite(min(fit.starts)) and not stop.requested:
+        raise FitError(
+            f"multistart: training diverged from each of {len(fit.starts)} finalists. Use a smaller lr, or a solver "
+            "with smaller steps."
+        )
     fit.starts.sort()
     state.write(best[1])
     fit.interrupted |= stop.requested
@@ -125,10 +129,14 @@ class _State:
     def __init__(self, fit: Fit, args: tuple) -> None:
         self.parameters = Parameters({"model": fit.model, "guide": fit.guide})
         capture = poutine.trace(param_only=True)
-        # Where it diverges is no place to begin, and no reason not to look for one.
-        with suppress(DivergedError), torch.no_grad(), poutine.block(), capture:
-            drawn = poutine.trace(fit.guide).get_trace(*args)
-            poutine.replay(fit.model, trace=drawn)(*args)
+        try:
+            with torch.no_grad(), poutine.block(), capture:
+                drawn = poutine.trace(fit.guide).get_trace(*args)
+                poutine.replay(fit.model, trace=drawn)(*args)
+        except DivergedError as error:
+            # Where it diverges is no place to begin, and no reason not to look for one, if the guide is set up.
+            if fit.guide.joint is None:
+                raise FitError(f"multistart: the model's first run diverged: {error}") from error
         self.parameters.collect(capture.trace)
         self.first = self.read()
 

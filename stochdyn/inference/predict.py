@@ -10,7 +10,7 @@ from torch import Tensor
 from stochdyn.data import Series
 from stochdyn.errors import DataError, GuideError, StochdynError
 from stochdyn.inference.draws import Draws, at_times, check_follows, draw, evaluating, pair, replicated
-from stochdyn.paths import AbstractPointProcess
+from stochdyn.paths import AbstractPointProcess, JumpDiffusionPath, SDEPath
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def predict(fit: Any, data: Any, ts: Any = None, draws: int = 100, *, seed: int 
     with evaluating(model, guide, seed=seed):
         found = draw(fit, data, draws) if ts is None else _drawn(fit, extended, draws)
         check_follows(found, extended)
+        if ts is not None:
+            _check_latent(found)
         observations = _replicate(found, extended)
     latents = {n: s.value for n, s in found.latents.items()} | {
         n: v for n, (v, _) in found.deterministic.items()
@@ -129,6 +131,17 @@ def _drawn(fit: Any, data: Series, draws: int) -> Draws:
             "closed over from outside does not follow the batch: build it inside the model, grid = "
             "sd.TimeGrid(batch.times)."
         ) from error
+
+
+def _check_latent(found: Draws) -> None:
+    """A path that is itself observed would be drawn anew from its start, whatever the data were."""
+    for name, site in found.observed.items():
+        if isinstance(site.fn, SDEPath | JumpDiffusionPath):
+            raise GuideError(
+                f"predict: site '{name}' is a path that is observed itself, so a forecast of the model would not go on "
+                "from the data. Make the path latent and observe it with a small noise, or sample a path that starts "
+                "at the last value."
+            )
 
 
 def _replicate(found: Draws, data: Series) -> Tensor:

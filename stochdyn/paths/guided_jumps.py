@@ -114,7 +114,10 @@ class GuidedJumpPath(dist.TorchDistribution):
         for k, (s, h, row) in enumerate(zip(t.unbind(0), dt.unbind(0), rows, strict=True)):
             a, noise = chain.step(s, h, row, z)
             scale = noise.safe((h > 0)[..., 0]).scale.expand(a.shape)  # type: ignore
-            mixture = self._mixture(a, scale, self.prior.intensity(s, z, row) * h, after[k + 1], most)
+            rate = self.prior.intensity(s, z, row) * h
+            if callable(self.prior.jumps.intensity):
+                most = max(self.prior.counts(rate, FILTER_TAIL), 1)
+            mixture = self._mixture(a, scale, rate, after[k + 1], most)
             z = torch.where(h > 0, implicit(*mixture.flat), z)
             states.append(z)
         value = torch.stack(states, -2)
@@ -131,7 +134,8 @@ class GuidedJumpPath(dist.TorchDistribution):
         start = self.prior.chain.start
         if not isinstance(start, RandomStart):
             return start.sample(torch.Size(shape[: len(shape) - len(self.batch_shape)])).expand(*shape, 1)
-        return start.from_base(implicit(*self._first(start, self.message).flat).expand(*shape, 1))
+        parts = self._first(start, self.message).flat
+        return start.from_base(implicit(*(x.expand(*shape, x.shape[-1]) for x in parts)))
 
     def _first(self, start: RandomStart, message: MixtureMessage) -> Products:
         """The start in its base coordinates, where the message acts."""

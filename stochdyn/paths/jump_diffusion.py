@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from stochdyn.errors import DiffusionError, DivergedError, FieldError, ShapeError
+from stochdyn.errors import DiffusionError, DivergedError, DtypeError, FieldError, ShapeError
 from stochdyn.fields import AbstractDiffusion, Field, as_diffusion, call_field, evaluate
 from stochdyn.paths.chain import Chain
 from stochdyn.paths.checks import joint_batch, lift
@@ -110,6 +110,11 @@ class JumpDiffusionPath(dist.TorchDistribution):
             raise ShapeError(
                 f"DoubleExponentialJump: for paths of one state, this one has {chain.state_dim}. Use NormalJump."
             )
+        for x in (size.mean, size.variance):
+            if x.dim() and x.dtype != chain.dtype:
+                raise DtypeError(
+                    f"The jumps' sizes are {x.dtype}, the path {chain.dtype}. Convert them with .to({chain.dtype})."
+                )
         shape = torch.broadcast_shapes(size.mean.shape, size.variance.shape, (1,))
         if shape[-1] not in (1, chain.state_dim):
             raise ShapeError(

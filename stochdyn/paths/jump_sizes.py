@@ -158,7 +158,8 @@ class DoubleExponentialJump(AbstractJumpSize):
         ups, downs = _erlang_weights(count, torch.as_tensor(self.up), self.rate_up, self.rate_down)
         rises = _log_normal_plus_erlang(count, x, scale, torch.as_tensor(self.rate_up))
         falls = _log_normal_plus_erlang(count, -x, scale, torch.as_tensor(self.rate_down))
-        return torch.cat([ups.to(x).log() + rises, downs.to(x).log() + falls], -1)
+        least = torch.finfo(x.dtype).tiny
+        return torch.cat([_log(ups.to(x), least) + rises, _log(downs.to(x), least) + falls], -1)
 
     def expected(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
         """By Tweedie's formula: the noise's mean is -scale^2 times the slope of the log density."""
@@ -231,6 +232,11 @@ def _check_finite(where: str, **values: Any) -> None:
 
 def _log_normal(x: Tensor, variance: Tensor) -> Tensor:
     return -0.5 * (x.square() / variance + variance.log()) - _HALF_LOG_2PI
+
+
+def _log(weight: Tensor, least: float) -> Tensor:
+    """The logarithm, of a weight of nothing too, without a gradient there that is not a number."""
+    return weight.clamp(min=least).log()
 
 
 def _erlang(counts: Tensor) -> Tensor:

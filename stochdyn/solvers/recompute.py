@@ -131,7 +131,9 @@ class _Recomputed(torch.autograd.Function):
             out = ctx.run(leaf)
         _check(out, [leaf, *read])
         wanted = [t for t in [leaf, *read] if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grads[0], allow_unused=True))
+        # Kept, as a part of it may be the graph of a tensor made outside; the rest goes with `out`.
+        kept = {"allow_unused": True, "retain_graph": True}
+        found = iter(torch.autograd.grad(out, wanted, grads[0], **kept))
         return None, *[next(found) if t.requires_grad else None for t in [leaf, *read]]
 
 

@@ -64,6 +64,27 @@ def test_steps_belong_to_the_gap_they_begin_in():
     assert edges.tolist() == [[0, 1, 3]]
 
 
+def test_a_time_with_nothing_observed_is_no_edge():
+    mask = torch.tensor([[True, False, True, False]])[..., None]
+    series = sd.Series(torch.tensor([0.0, 1.0, 3.0, 4.0]), torch.zeros(1, 4, 1), mask)
+    gap, inside, edges = _gaps(torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 3.5]), series)
+    assert edges.tolist() == [[0, 3, 3, 3]]
+    assert gap.tolist()[0][:4] == [0, 0, 0, 0] and inside.tolist() == [[1, 1, 1, 1, 0]]
+
+
+def test_a_forecast_of_a_path_that_is_observed_is_refused():
+    series = sd.Series(torch.arange(4.0, dtype=F64), Y)
+    guide = sd.AmortizedGuide(observed)
+    guide(series)
+    with pytest.raises(sd.GuideError, match="site 'y' is a path that is observed itself"):
+        sd.predict((observed, guide), series, ts=[5.0], draws=3)
+    holes = sd.Series(torch.arange(4.0, dtype=F64), Y, torch.arange(4).ne(2)[None, :, None].expand(2, 4, 1))
+    with pytest.raises(
+        sd.GuideError, match="A path with missing values, or .* is latent: sample it on a TimeGrid"
+    ):
+        sd.AmortizedGuide(observed)(holes)
+
+
 def test_a_model_without_jumps_or_with_two_is_named():
     series = sd.Series(torch.arange(4.0, dtype=F64), Y)
 

@@ -175,3 +175,35 @@ def test_a_learned_volatility_is_not_inflated_by_jumps_and_a_diffusion_s_is():
         found[jumps] = draws.mean().item(), draws.std().item()
     assert abs(found[True][0] - SIGMA) < 4 * found[True][1] and found[True][1] < 0.05
     assert found[False][0] > 1.3 * SIGMA
+
+
+def test_training_does_not_lose_what_the_filter_knows():
+    """Two gaps in one: the correction acts around each component's own centre, not between them."""
+    times = torch.arange(5.0, dtype=F64)
+    y = torch.tensor([0.0, 0.1, 0.0, 4.0, 4.2], dtype=F64)[None, :, None]
+    series = sd.Series(times, y, torch.tensor([True, True, False, True, True])[None, :, None])
+
+    def own(batch):
+        grid = sd.TimeGrid(batch.times, substeps=2)
+        poisson = sd.CompoundPoisson(0.2, sd.NormalJump(0.0, 3.0))
+        with batch.plate("series"):
+            start = torch.zeros(1, dtype=F64)
+            path = sd.JumpDiffusionPath(
+                lambda t, z: 0 * z, torch.tensor([0.3], dtype=F64), poisson, start, grid.ts
+            )
+            z = pyro.sample("z", path)
+            pyro.sample(
+                "y", dist.Normal(grid.observed(z), 0.1).mask(batch.mask).to_event(2), obs=batch.values
+            )
+
+    guide = sd.AmortizedGuide(own)
+    before = sum(loss(own, guide, series) for _ in range(20)) / 20
+    sd.fit(own, guide, series, steps=40, lr=0.03, objective=sd.ELBO(particles=8), progress=False)
+    after = sum(loss(own, guide.eval(), series) for _ in range(20)) / 20
+    assert after < before + 0.1
+    reading = sd.read_jumps((own, guide), series, draws=50)
+    assert reading.probability[0, [0, 1, 3]].max() > 0.99 and reading.probability.shape == (1, 4)
+    with pytest.raises(
+        sd.GuideError, match=r"'z' is a jump diffusion, for which there is no particle filter"
+    ):
+        sd.evidence((own, guide), series)

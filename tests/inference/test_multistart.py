@@ -168,3 +168,21 @@ def test_guides_without_a_prior_to_draw_from_are_refused():
         fitted(guide=pyro.infer.autoguide.AutoNormal(periodic))
     with pytest.raises(FitError, match="no latents outside plates with a joint posterior"):
         fitted(guide=sd.AmortizedGuide(periodic, latents=sd.MeanField()))
+
+
+def test_a_first_run_or_a_training_that_diverges_is_named():
+    def never(y):
+        pyro.sample("rate", dist.Normal(torch.tensor(0.0), 1.0))
+        raise DivergedError("the state at time 1 is not finite.")
+
+    with pytest.raises((FitError, DivergedError), match="time 1 is not finite"):
+        fitted(never, data=torch.tensor(1.0))
+
+    def unstable(y):
+        rate = pyro.sample("rate", dist.Normal(torch.tensor(0.0), 1.0))
+        if torch.is_grad_enabled():
+            raise DivergedError("the state at time 1 is not finite.")
+        pyro.sample("y", dist.Normal(rate, 1.0), obs=y)
+
+    with pytest.raises(FitError, match="training diverged from each of 3 finalists"):
+        fitted(unstable, data=torch.tensor(1.0))

@@ -166,12 +166,14 @@ def test_shapes_sticking_the_landing_and_faults():
     message = path.filtered(potential)
     q = path.guided(message)
     assert q.expand((3,)).rsample((2,)).shape == (2, 3, 7, 1) and q.has_rsample
-    h = message.information.clone().requires_grad_()
-    own = path.guided(MixtureMessage(message.log_weight, h, message.precision))
-    z = own.rsample()
-    log_prob, _, entropy = own.score_parts(z.detach())
-    assert log_prob.requires_grad is False or entropy.requires_grad is False
-    assert own.log_prob(z.detach()).requires_grad
+    h, sigma = message.information.clone().requires_grad_(), number(0.5).requires_grad_()
+    own = sd.JumpDiffusionPath(lambda t, z: 0 * z, sigma, path.jumps, torch.zeros(1, dtype=F64), path.ts)
+    own = own.guided(MixtureMessage(message.log_weight, h, message.precision))
+    z = own.rsample().detach()
+    entropy = own.score_parts(z)[2]
+    assert torch.autograd.grad(entropy, [h, sigma], allow_unused=True, retain_graph=True)[0] is None
+    assert torch.autograd.grad(entropy, sigma)[0].abs() > 1e-6
+    assert torch.autograd.grad(own.log_prob(z), h)[0].abs().max() > 1e-6
     short = MixtureMessage(torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3, 2))
     with pytest.raises(sd.GuideError, match="The message has 3 times, the path 7"):
         path.guided(short)
@@ -181,3 +183,28 @@ def test_density_of_a_mixture_is_normalised_whatever_its_weights():
     z = torch.linspace(-30, 30, 30001, dtype=F64)[:, None]
     p = log_density(number(3.0, -8.0), number(-1.0, 2.0), number(0.5, 2.0), z).exp()
     assert torch.trapezoid(p, z[:, 0]).item() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["time", "state"])
+def test_draws_under_an_intensity_that_changes_follow_the_prior_where_there_is_no_message(kind):
+    torch.manual_seed(6)
+    intensity = (lambda t, z: 4 * t + 0 * z) if kind == "time" else (lambda t, z: 2 * z.abs())
+    jumps, ts = sd.CompoundPoisson(intensity, sd.NormalJump(0.0, 1.0)), torch.linspace(0, 2, 9, dtype=F64)
+    path = sd.JumpDiffusionPath(lambda t, z: 0 * z, number(0.3), jumps, number(0.5), ts)
+    flat = sd.Message(torch.zeros(9, 1, dtype=F64), torch.zeros(9, 1, dtype=F64))
+    with torch.no_grad():
+        ours = path.guided(path.filtered(flat)).rsample((20000,))[:, -1, 0]
+    theirs = path.sample((20000,))[:, -1, 0]
+    difference = (ours - 0.5).square() - (theirs - 0.5).square()
+    assert within(difference, 0.0)
+    assert not within(0.8 * (ours - 0.5).square() - (theirs - 0.5).square(), 0.0)
+
+
+def test_a_random_start_is_drawn_for_every_draw():
+    torch.manual_seed(7)
+    start = dist.Normal(torch.zeros(1, dtype=F64), 0.5).to_event(1)
+    jumps, ts = sd.CompoundPoisson(0.3, sd.NormalJump(0.0, 3.0)), number(0, 1)
+    path = sd.JumpDiffusionPath(lambda t, z: 0 * z, number(0.5), jumps, start, ts)
+    flat = sd.Message(torch.zeros(2, 1, dtype=F64), torch.zeros(2, 1, dtype=F64))
+    first = path.guided(path.filtered(flat)).rsample((5000,))[:, 0, 0].detach()
+    assert within(first.square(), 0.25)

@@ -193,6 +193,8 @@ def test_faults_are_named():
     def path(jumps=jumps, sigma=number(0.5), z0=ZERO, ts=ts, **options):  # noqa: B008
         return sd.JumpDiffusionPath(lambda t, z: -z, sigma, jumps, z0, ts, **options)
 
+    with pytest.raises(sd.DtypeError, match=r"jumps' sizes are torch.float32, the path torch.float64"):
+        path(sd.CompoundPoisson(1.0, sd.NormalJump(torch.zeros(3, 1), 1.0)))
     with pytest.raises(sd.FieldError, match="must be a CompoundPoisson"):
         path(1.0)
     with pytest.raises(sd.DiffusionError, match="for diagonal noise"):
@@ -200,7 +202,7 @@ def test_faults_are_named():
     with pytest.raises(sd.ShapeError, match="DoubleExponentialJump: for paths of one state, this one has 2"):
         path(sd.CompoundPoisson(1.0, sd.DoubleExponentialJump(0.5, 1.0, 1.0)), z0=torch.zeros(2, dtype=F64))
     with pytest.raises(sd.ShapeError, match="sizes have 3 states, the path 2"):
-        path(sd.CompoundPoisson(1.0, sd.NormalJump(torch.zeros(3), 1.0)), z0=torch.zeros(2, dtype=F64))
+        path(sd.CompoundPoisson(1.0, sd.NormalJump(number(0, 0, 0), 1.0)), z0=torch.zeros(2, dtype=F64))
     with pytest.raises(sd.FieldError, match=r"intensity returned shape .*expected \(..., 1\)"):
         path(sd.CompoundPoisson(lambda t, z: z, sd.NormalJump(0.0, 1.0)), z0=torch.zeros(2, dtype=F64))
     with pytest.raises(sd.FieldError, match="The intensity is -1 near time 0"):

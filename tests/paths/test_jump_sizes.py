@@ -113,3 +113,11 @@ def test_refused():
         sd.CompoundPoisson(-0.1, sd.NormalJump(0.0, 1.0))
     with pytest.raises(sd.FieldError, match="`size` must be NormalJump or DoubleExponentialJump"):
         sd.CompoundPoisson(0.1, 2.0)  # type: ignore
+
+
+@pytest.mark.parametrize("up", [0.0, 1.0])
+def test_jumps_to_one_side_have_a_finite_gradient(up):
+    share = number(up).requires_grad_()
+    size = sd.DoubleExponentialJump(share, number(2.0), number(1.0))
+    (slope,) = torch.autograd.grad(size.log_density(2, number([0.5]), number(0.3)).sum(), share)
+    assert torch.isfinite(slope)

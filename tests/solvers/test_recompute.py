@@ -141,3 +141,17 @@ def test_second_derivatives_are_refused_not_wrong():
     z = recomputed(lambda z: (k * z).exp(), Z, [k])
     with pytest.raises(FieldError, match=r"second derivative .* gradient=sd\.Direct\(\)"):
         torch.autograd.grad(z.sum(), k, create_graph=True)
+
+
+def test_a_latent_made_with_a_kept_graph_and_read_in_many_segments():
+    w = tensor(0.3)
+    made = w.exp()
+
+    def slope(gradient):
+        ts = torch.linspace(0, 1, 17, dtype=F64)
+        z = sd.odeint(
+            lambda t, z: -(w * z) if t < 0.5 else -(made * z), Z, ts, solver=sd.Heun(), gradient=gradient
+        )
+        return torch.autograd.grad(z.sum(), w, retain_graph=True)[0]
+
+    assert (slope(sd.Checkpointed()) - slope(sd.Direct())).abs() < 1e-12
