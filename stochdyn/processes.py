@@ -120,7 +120,7 @@ class NeuralJumpODE(nn.Module):
         mark_dim: how many quantities such a mark has.
         context_dim: size of the context, 0 for none: covariates, or latents of each series.
         rate: jumps per unit of time, at the start of training.
-        shortest, longest: scales of time of the decays, at the start of training.
+        shortest, longest: bounds of the scales of time of the decays, in units of time.
         flow, jump_map, intensity: in place of `DecayFlow`, of `AdditiveJump` (for quantities as marks `NeuralJump`),
             and of `JumpIntensity`.
         nodes: of the quadrature in a piece; `process(batch, nodes=None)` controls the error.

@@ -52,11 +52,12 @@ class DecayFlow(AbstractLinearFlow):
     Args:
         state_dim: size of z.
         integrators: how many coordinates have a constant flow.
-        shortest, longest: the scales of time 1 / rate of the decays at the start of training, in units of time.
+        shortest, longest: bounds of the scales of time 1 / rate of the decays, in units of time. Where jumps are
+            integrated with a fixed number of nodes, a scale far below a piece would cheat the quadrature.
         push: of the integrators at the start of training, per unit of time.
 
     Shapes:
-        `push` (*batch, integrators), `log_rate` (*batch, state - integrators), parameters.
+        `push` (*batch, integrators), `place` (*batch, state - integrators), parameters; `rate` (*batch, state).
 
     Raises:
         FieldError: if sizes or scales are out of range.
@@ -79,20 +80,26 @@ class DecayFlow(AbstractLinearFlow):
         push: float = 0.0,
     ) -> None:
         super().__init__()
-        if not (0 <= integrators <= state_dim and state_dim > 0 and 0 < shortest <= longest):
+        if not (0 <= integrators <= state_dim and state_dim > 0 and 0 < shortest < longest):
             raise FieldError(
-                f"DecayFlow: needs 0 <= integrators <= state_dim and 0 < shortest <= longest, got {integrators}, "
+                f"DecayFlow: needs 0 <= integrators <= state_dim and 0 < shortest < longest, got {integrators}, "
                 f"{state_dim}, {shortest:g}, {longest:g}."
             )
         decays = state_dim - integrators
-        # A single decay starts in the middle.
-        place = torch.linspace(0.0, 1.0, decays) if decays > 1 else torch.full((decays,), 0.5)
-        self.log_rate = nn.Parameter(-(math.log(shortest) + place * math.log(longest / shortest)))
+        self.shortest, self.longest = shortest, longest
+        share = (torch.arange(decays) + 0.5) / max(decays, 1)  # evenly over the logarithm of the scale
+        self.place = nn.Parameter(torch.logit(share))
         self.push = nn.Parameter(torch.full((integrators,), push))
+
+    @property
+    def rate(self) -> Tensor:
+        """(*batch, state) the rates of decay, 0 of integrators."""
+        return self._rates()[0]
 
     def _rates(self) -> tuple[Tensor, Tensor]:
         """(*batch, state) rates, and pushes."""
-        rate, push = self.log_rate.exp(), self.push
+        span = math.log(self.longest / self.shortest)
+        rate, push = torch.exp(-span * torch.sigmoid(self.place)) / self.shortest, self.push
         batch = torch.broadcast_shapes(rate.shape[:-1], push.shape[:-1])
         rate, push = (x.expand(*batch, x.shape[-1]) for x in (rate, push))
         return torch.cat([torch.zeros_like(push), rate], -1), torch.cat([push, torch.zeros_like(rate)], -1)

@@ -312,7 +312,7 @@ class JumpODE(AbstractPointProcess):
 
         Example:
             >>> import stochdyn as sd
-            >>> flow, jump = sd.DecayFlow(1, 0, shortest=1.0, longest=1.0), sd.AdditiveJump(1)
+            >>> flow, jump = sd.DecayFlow(1, 0, shortest=0.5, longest=2.0), sd.AdditiveJump(1)
             >>> process = sd.JumpODE(flow, jump, lambda t, z: 1 + z, torch.zeros(1), 0.0, 4.0)
             >>> process.states([1.0, 2.0], torch.tensor([[1.5]])).detach()
             tensor([[0.0000],

@@ -1,0 +1,84 @@
+"""The neural jump ODE of `jumps.py`: some sizes, each fitted to the training part, one chosen on the validation part."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stochdyn as sd
+
+LogLikelihood = Callable[[sd.JumpODE, sd.Jumps], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is chosen on the validation part."""
+
+    state_dim: int
+    hidden: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SIMULATED = {"linear": Size(2, ()), "network": Size(3, (16,))}
+EARTHQUAKES = {"shortest": 0.02, "longest": 20.0, "nodes": 6, "step": 10.0}
+MARKED = {"linear": Size(5, (), EARTHQUAKES), "network": Size(5, (16,), EARTHQUAKES)}
+
+
+def make(size: Size, train: sd.Jumps, kinds: int) -> sd.NeuralJumpODE:
+    """At the mean rate of the data."""
+    torch.manual_seed(0)
+    rate = float(train.counts.sum() / (train.t1 - train.t0).sum())
+    return sd.NeuralJumpODE(
+        size.state_dim, size.hidden, marks=kinds or None, rate=rate, **size.options
+    ).double()
+
+
+def sparsity(net: sd.NeuralJumpODE, scale: float, each: float) -> Tensor:
+    """Minus the log density of Cauchy priors: on all that makes the intensity differ from a constant."""
+    head, total = net.intensity, torch.zeros((), dtype=torch.float64)
+    parts = [head.slope, head.log_rise.exp()]
+    parts += [] if head.net is None else list(head.net.layers[-1].parameters())
+    for part in parts:
+        total = total + torch.log1p((part / scale) ** 2).sum()
+    # The start is seen only once in a sequence.
+    return total + torch.log1p((net.initial / (scale * each)) ** 2).sum()
+
+
+def fit(net: sd.NeuralJumpODE, train: sd.Jumps, likelihood: LogLikelihood, steps: int) -> None:
+    """The posterior's mode by L-BFGS, from a wide prior to a narrow one, in units of the error of one parameter."""
+    count = float(train.counts.sum())
+    each = (count / len(train)) ** 0.5
+    for scale in (1.0, 0.1):
+        optimiser = torch.optim.LBFGS(
+            net.parameters(), max_iter=steps, history_size=30, line_search_fn="strong_wolfe", tolerance_grad=1e-8
+        )  # fmt: skip
+
+        def closure(optimiser: Any = optimiser, scale: float = scale) -> Tensor:
+            optimiser.zero_grad()
+            prior = sparsity(net, scale / count**0.5, each)
+            loss = (prior - likelihood(net(train, validate_args=False), train)) / count
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+
+
+def choose(
+    train: sd.Jumps, validation: sd.Jumps, kinds: int, likelihood: LogLikelihood, steps: int
+) -> tuple[sd.NeuralJumpODE, str, float]:
+    """The net with the best validation likelihood, its name, and the seconds of all fits."""
+    start, found = time.perf_counter(), {}
+    for name, size in (MARKED if kinds else SIMULATED).items():
+        net = make(size, train, kinds)
+        fit(net, train, likelihood, steps)
+        with torch.no_grad():
+            score = float(likelihood(net(validation, nodes=None), validation)) / float(
+                validation.counts.sum()
+            )
+        print(f"  {name}: {score:.5f} per jump on the validation part", flush=True)
+        found[name] = (score, net)
+    best = max(found, key=lambda name: found[name][0])
+    return found[best][1], best, time.perf_counter() - start
