@@ -7,9 +7,10 @@
 
 The processes of Jia & Benson (2019), 300 sequences on [0, 100] to train on: the error is the mean over sequences and a
 grid of .05 of |found - exact| / exact intensity, given the jumps before; in print 1.3 % (poisson), 5.9 %
-(exponential_hawkes), 9.3 % (self_inhibiting) for neural jump SDEs. Without --test the validation part, on which the size
-of the neural model was chosen (`jumps_neural.py`). Log-likelihoods are per jump. Earthquakes: 7 magnitudes as marks, each sequence given its first jump, which
-is its time 0, up to its last one; the accuracy is that of the likeliest mark at the time of the jump.
+(exponential_hawkes), 9.3 % (self_inhibiting) for neural jump SDEs. Without --test the validation part, on which the
+size of the neural model was chosen (`jumps_neural.py`). Log-likelihoods are per jump. Earthquakes: 7 magnitudes as
+marks, each sequence given its first jump, which is its time 0, up to its last one; the accuracy is that of the
+likeliest mark at the time of the jump.
 """
 
 import argparse
@@ -20,11 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jumps_neural as neural
 import numpy as np
 import torch
 from torch import Tensor
 
-import jumps_neural as neural
 import stochdyn as sd
 
 SPACING = 0.05

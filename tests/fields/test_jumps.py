@@ -4,7 +4,6 @@ import torch
 import stochdyn as sd
 from stochdyn.fields.jumps import one_hot
 
-
 ZERO = torch.zeros(1, dtype=torch.float64)
 
 

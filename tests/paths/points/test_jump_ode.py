@@ -17,7 +17,6 @@ from tests.jumps import (
     value,
 )
 
-
 Z0 = torch.zeros(1, dtype=torch.float64)
 
 
