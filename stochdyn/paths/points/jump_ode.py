@@ -136,8 +136,8 @@ class JumpODE(AbstractPointProcess):
             self.kinds = rate.shape[-1]
             if self.kinds > 1 and law is not None:
                 raise FieldError(
-                    f"JumpODE: the intensity has {self.kinds} kinds, which are the marks; `marks` would be another. Return "
-                    "(..., 1), or leave `marks` out."
+                    f"JumpODE: the intensity has {self.kinds} kinds, which are the marks; `marks` would be another. "
+                    "Return (..., 1), or leave `marks` out."
                 )
             self._width = 1 if self.kinds > 1 else mark_dim(law)
             self._support = None if law is None else law.support
@@ -158,7 +158,8 @@ class JumpODE(AbstractPointProcess):
         slope = call_field("flow", self.flow, t, z, context)
         if slope.shape[-1] != z.shape[-1]:
             raise FieldError(
-                f"The flow returned shape {tuple(slope.shape)} for z of shape {tuple(z.shape)}: it must end in the state."
+                f"The flow returned shape {tuple(slope.shape)} for z of shape {tuple(z.shape)}: it must end in "
+                "the state."
             )
         return slope.shape[:-1]
 
@@ -365,8 +366,10 @@ def _hermite(t: Tensor, *piece: Tensor) -> Tensor:
     since, z0, length, z1, f0, f1 = piece
     h = length.to(z0)[..., None]
     u = torch.where(length > 0, (t - since) / torch.where(length > 0, length, 1.0), 0.0).to(z0)[..., None]
-    left = z0 + u * (h * f0 - u * ((3 - 2 * u) * z0 + (2 - u) * h * f0))
-    return left + u.square() * ((3 - 2 * u) * z1 + (u - 1) * h * f1)
+    # Coefficients first: they are of the piece, and u is of every node in it.
+    rise, first, last = z1 - z0, h * f0, h * f1
+    square, cube = 3 * rise - 2 * first - last, first + last - 2 * rise
+    return z0 + u * (first + u * (square + u * cube))
 
 
 def _call_jump(jump_map: Any, t: Tensor, z: Tensor, mark: Tensor, context: Tensor | None) -> Tensor:

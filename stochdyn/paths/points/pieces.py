@@ -35,8 +35,8 @@ class Pieces(Occurrences):
         most = float(number.sum(0).max()) if number.numel() else 1.0
         if most > _MOST:
             raise TimeError(
-                f"A step of {float(step.min()):g} cuts a sequence into {most:.0f} pieces. Give a longer `step`, in the unit of "
-                "the times."
+                f"A step of {float(step.min()):g} cuts a sequence into {most:.0f} pieces. Give a longer `step`, in "
+                "the unit of the times."
             )
         number = number.long()
         done = number.cumsum(0)
