@@ -180,8 +180,8 @@ def row(model: str, found: dict[str, float], seconds: float) -> str:
     return f"{model:<14}{found['log_likelihood']:>11.4f}{shown}"
 
 
-def measure(name: str, parts: dict[str, sd.Jumps], steps: int) -> dict[str, float]:
-    problem, out = PROBLEMS[name], {}
+def measure(name: str, parts: dict[str, sd.Jumps], *, quick: bool) -> dict[str, float]:
+    problem, out, steps = PROBLEMS[name], {}, 20 if quick else 150
     train, held = parts["train"], parts["held"]
     exact = None if problem.exact is None else problem.exact(numbers(), held.t0, held.t1)
     print(f"{name}: {len(train)} sequences to train on, {len(held)} held out, {count(held)} jumps")
@@ -194,8 +194,10 @@ def measure(name: str, parts: dict[str, sd.Jumps], steps: int) -> dict[str, floa
         u, seconds = fit(family, train, steps)
         print(f"{model}: exp(u)", *(f"{x:.4f}" for x in u[:3].exp()))
         out |= figures(model, family.make(u, held.t0, held.t1), exact, held, seconds)
-    kinds = 0 if exact is not None else KINDS
-    net, size, seconds = neural.choose(train, parts["validation"], kinds, log_likelihood, steps)
+    sizes = neural.MARKED if exact is None else neural.SIMULATED
+    if quick:
+        sizes = {"linear": sizes["linear"]}
+    net, size, seconds = neural.choose(train, parts["validation"], sizes, log_likelihood, steps)
     print(f"{MAIN}: {size}, {sum(p.numel() for p in net.parameters())} parameters")
     found = figures(MAIN, net(held, nodes=None), exact, held, seconds)
     return out | found | {key.removesuffix(f"_{MAIN}"): value for key, value in found.items()}
@@ -246,7 +248,7 @@ def main() -> None:
     validation = read(own, "dev" if marked else "val", marked=marked, most=None)
     held = read(chosen.test, "test", marked=marked, most=None) if chosen.test else validation
     parts = {"train": train, "validation": validation, "held": held}
-    found = measure(chosen.process, parts, steps=20 if chosen.quick else 150)
+    found = measure(chosen.process, parts, quick=chosen.quick)
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -27,12 +27,12 @@ EARTHQUAKES = {"shortest": 0.02, "longest": 20.0, "nodes": 6, "step": 10.0}
 MARKED = {"linear": Size(5, (), EARTHQUAKES), "network": Size(5, (16,), EARTHQUAKES)}
 
 
-def make(size: Size, train: sd.Jumps, kinds: int) -> sd.NeuralJumpODE:
+def make(size: Size, train: sd.Jumps) -> sd.NeuralJumpODE:
     """At the mean rate of the data."""
     torch.manual_seed(0)
     rate = float(train.counts.sum() / (train.t1 - train.t0).sum())
     return sd.NeuralJumpODE(
-        size.state_dim, size.hidden, marks=kinds or None, rate=rate, **size.options
+        size.state_dim, size.hidden, marks=train.classes, rate=rate, **size.options
     ).double()
 
 
@@ -67,12 +67,12 @@ def fit(net: sd.NeuralJumpODE, train: sd.Jumps, likelihood: LogLikelihood, steps
 
 
 def choose(
-    train: sd.Jumps, validation: sd.Jumps, kinds: int, likelihood: LogLikelihood, steps: int
+    train: sd.Jumps, validation: sd.Jumps, sizes: dict[str, Size], likelihood: LogLikelihood, steps: int
 ) -> tuple[sd.NeuralJumpODE, str, float]:
     """The first net that no later one beats by a standard error on the validation part; its name; all seconds."""
     start, best = time.perf_counter(), None
-    for name, size in (MARKED if kinds else SIMULATED).items():
-        net = make(size, train, kinds)
+    for name, size in sizes.items():
+        net = make(size, train)
         fit(net, train, likelihood, steps)
         with torch.no_grad():
             score = net(validation, nodes=None).log_prob(validation.values)
