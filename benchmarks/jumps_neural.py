@@ -36,29 +36,35 @@ def make(size: Size, train: sd.Jumps) -> sd.NeuralJumpODE:
     ).double()
 
 
-def sparsity(net: sd.NeuralJumpODE, scale: float, each: float) -> Tensor:
-    """Minus the log density of Cauchy priors: on all that makes the intensity differ from a constant."""
+def sparsity(net: sd.NeuralJumpODE, width: float, train: sd.Jumps) -> Tensor:
+    """Minus the log density of Cauchy priors: on all that makes the intensity differ from a constant.
+
+    Their scale is `width` times the error of one parameter, for a coordinate of unit spread; the one that integrates
+    spreads with time, where its push is not what jumps bring.
+    """
     head, total = net.intensity, torch.zeros((), dtype=torch.float64)
-    parts = [head.slope, head.log_rise.exp()]
+    length, each = (train.t1 - train.t0).mean(), train.counts.double().mean()
+    scale = width / (each * len(train)).sqrt()
+    spread = (1 + ((net.flow.push + each / length) * length).square() / 12).sqrt()
+    parts = [head.slope[:, :1] * spread, head.slope[:, 1:], head.log_rise.exp()]
     parts += [] if head.net is None else list(head.net.layers[-1].parameters())
     for part in parts:
         total = total + torch.log1p((part / scale) ** 2).sum()
     # The start is seen only once in a sequence.
-    return total + torch.log1p((net.initial / (scale * each)) ** 2).sum()
+    return total + torch.log1p(net.initial.square() / (scale.square() * each)).sum()
 
 
 def fit(net: sd.NeuralJumpODE, train: sd.Jumps, likelihood: LogLikelihood, steps: int) -> None:
     """The posterior's mode by L-BFGS, from a wide prior to a narrow one, in units of the error of one parameter."""
     count = float(train.counts.sum())
-    each = (count / len(train)) ** 0.5
-    for scale in (1.0, 0.1):
+    for width in (1.0, 0.1):
         optimiser = torch.optim.LBFGS(
             net.parameters(), max_iter=steps, history_size=30, line_search_fn="strong_wolfe", tolerance_grad=1e-8
         )  # fmt: skip
 
-        def closure(optimiser: Any = optimiser, scale: float = scale) -> Tensor:
+        def closure(optimiser: Any = optimiser, width: float = width) -> Tensor:
             optimiser.zero_grad()
-            prior = sparsity(net, scale / count**0.5, each)
+            prior = sparsity(net, width, train)
             loss = (prior - likelihood(net(train, validate_args=False), train)) / count
             loss.backward()
             return loss
