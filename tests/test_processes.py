@@ -179,7 +179,7 @@ def test_fit_trains_a_jump_ode_on_mini_batches():
     constant = sd.PoissonProcess(rate, 0.0, 20.0).log_prob(jumps.values).sum()
     known = sd.Hawkes(0.5, 0.8, 1.6, 0.0, 20.0).log_prob(jumps.values).sum()
     assert float(constant) + 0.8 * float(known - constant) < float(found) < float(known) + 12
-    fresh = JumpModel()
+    fresh = JumpModel(step=1.0)
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(fresh.process(jumps).log_prob(jumps.values).sum(), found)
