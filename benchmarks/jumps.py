@@ -7,9 +7,10 @@
 
 The processes of Jia & Benson (2019), 300 sequences on [0, 100] to train on: the error is the mean over sequences and a
 grid of .05 of |found - exact| / exact intensity, given the jumps before; in print 1.3 % (poisson), 5.9 %
-(exponential_hawkes), 9.3 % (self_inhibiting) for neural jump SDEs. Without --test the validation part, to which nothing
-was fitted. Log-likelihoods are per jump. Earthquakes: 7 magnitudes as marks, each sequence given its first jump, which
-is its time 0, up to its last one; the accuracy is that of the likeliest mark at the time of the jump.
+(exponential_hawkes), 9.3 % (self_inhibiting) for neural jump SDEs. Without --test the validation part, on which the
+size of the neural model was chosen (`jumps_neural.py`). Log-likelihoods are per jump. Earthquakes: 7 magnitudes as
+marks, each sequence given its first jump, which is its time 0, up to its last one; the accuracy is that of the
+likeliest mark at the time of the jump.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jumps_neural as neural
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,9 +31,9 @@ import stochdyn as sd
 SPACING = 0.05
 KINDS = 7
 # `mape` and `log_likelihood` are those of this model.
-MAIN = "true_family"
+MAIN = "neural"
 
-Process = sd.PoissonProcess | sd.Hawkes | sd.SelfCorrecting | sd.MultivariateHawkes
+Process = sd.PoissonProcess | sd.Hawkes | sd.SelfCorrecting | sd.MultivariateHawkes | sd.JumpODE
 # From unconstrained numbers and windows to a process.
 Make = Callable[[Tensor, Tensor, Tensor], Process]
 
@@ -106,10 +108,10 @@ PROBLEMS = {
 def log_likelihood(process: Process, jumps: sd.Jumps) -> Tensor:
     """Of all jumps; of kinds given the first jump of each sequence, which its clock starts at."""
     total = process.log_prob(jumps.values).sum()
-    if not isinstance(process, sd.MultivariateHawkes):
+    if jumps.values.shape[-1] == 1:
         return total
-    first = jumps.values[:, 0, 1].long()
-    return total - process.mu.log()[first].sum()
+    rates = process.intensities(jumps.t0[:, None], jumps)[:, 0]
+    return total - rates.gather(-1, jumps.values[:, 0, 1:].long()).log().sum()
 
 
 def count(jumps: sd.Jumps) -> int:
@@ -143,7 +145,7 @@ def mape(found: Process, exact: Process, jumps: sd.Jumps) -> float:
 
 
 @torch.no_grad()
-def mark_accuracy(process: sd.MultivariateHawkes, jumps: sd.Jumps) -> float:
+def mark_accuracy(process: sd.MultivariateHawkes | sd.JumpODE, jumps: sd.Jumps) -> float:
     """How often the kind with the largest intensity at the time of a jump is its kind; first jumps left out."""
     times = torch.where(jumps.mask, jumps.times, jumps.t1[:, None])
     likeliest = process.intensities(times, jumps).argmax(-1)
@@ -178,30 +180,43 @@ def row(model: str, found: dict[str, float], seconds: float) -> str:
     return f"{model:<14}{found['log_likelihood']:>11.4f}{shown}"
 
 
-def measure(name: str, train: sd.Jumps, held: sd.Jumps, steps: int) -> dict[str, float]:
-    problem, out = PROBLEMS[name], {}
+def measure(name: str, parts: dict[str, sd.Jumps], *, quick: bool) -> dict[str, float]:
+    problem, out, steps = PROBLEMS[name], {}, 20 if quick else 150
+    train, held = parts["train"], parts["held"]
     exact = None if problem.exact is None else problem.exact(numbers(), held.t0, held.t1)
     print(f"{name}: {len(train)} sequences to train on, {len(held)} held out, {count(held)} jumps")
-    print(f"{'':<14}{'LL / jump':>11}{'MAPE %':>9}{'accuracy':>9}{'seconds':>9}   parameters")
+    print(f"{'':<14}{'LL / jump':>11}{'MAPE %':>9}{'accuracy':>9}{'seconds':>9}")
     if exact is not None:
         out["log_likelihood_exact"] = float(log_likelihood(exact, held)) / count(held)
         print(row("exact", {"log_likelihood": out["log_likelihood_exact"], "mape": 0.0}, 0.0))
         print(f"  {sd.time_rescaling(exact, held)}")
     for model, family in problem.families.items():
         u, seconds = fit(family, train, steps)
-        process = family.make(u, held.t0, held.t1)
-        found = {"log_likelihood": float(log_likelihood(process, held).detach()) / count(held)}
-        if exact is not None:
-            found["mape"] = mape(process, exact, held)
-        if isinstance(process, sd.MultivariateHawkes):
-            found["mark_accuracy"] = mark_accuracy(process, held)
-        print(row(model, found, seconds), "  exp(u)", *(f"{x:.4f}" for x in u[:3].exp()))
-        if exact is not None:
-            print(f"  {sd.time_rescaling(process, held)}")
-        out |= {f"{key}_{model}": value for key, value in found.items()}
-        main = MAIN if MAIN in problem.families else next(iter(problem.families))
-        out |= found if model == main else {}
-    return out
+        print(f"{model}: exp(u)", *(f"{x:.4f}" for x in u[:3].exp()))
+        out |= figures(model, family.make(u, held.t0, held.t1), exact, held, seconds)
+    sizes = neural.MARKED if exact is None else neural.SIMULATED
+    if quick:
+        sizes = {"linear": sizes["linear"]}
+    net, size, seconds = neural.choose(train, parts["validation"], sizes, log_likelihood, steps)
+    print(f"{MAIN}: {size}, {sum(p.numel() for p in net.parameters())} parameters")
+    found = figures(MAIN, net(held, nodes=None), exact, held, seconds)
+    return out | found | {key.removesuffix(f"_{MAIN}"): value for key, value in found.items()}
+
+
+@torch.no_grad()
+def figures(
+    model: str, process: Process, exact: Process | None, held: sd.Jumps, seconds: float
+) -> dict[str, float]:
+    found = {"log_likelihood": float(log_likelihood(process, held)) / count(held)}
+    if exact is not None:
+        found["mape"] = mape(process, exact, held)
+    if isinstance(process, sd.MultivariateHawkes | sd.JumpODE) and held.values.shape[-1] > 1:
+        found["mark_accuracy"] = mark_accuracy(process, held)
+    print(row(model, found, seconds))
+    rescaled = sd.time_rescaling(process, held, given=int(exact is None))
+    print(f"  {rescaled}", flush=True)
+    found["ks_pvalue"] = rescaled.ks_pvalue
+    return {f"{key}_{model}": value for key, value in found.items()}
 
 
 def options() -> argparse.Namespace:
@@ -230,9 +245,10 @@ def main() -> None:
     marked = chosen.process == "earthquake"
     own = Path(folder) / f"events_{chosen.process}_train_val.npz"
     train = read(own, "train", marked=marked, most=60 if chosen.quick else None)
-    path, part = (chosen.test, "test") if chosen.test else (own, "dev" if marked else "val")
-    held = read(path, part, marked=marked, most=None)
-    found = measure(chosen.process, train, held, steps=20 if chosen.quick else 200)
+    validation = read(own, "dev" if marked else "val", marked=marked, most=None)
+    held = read(chosen.test, "test", marked=marked, most=None) if chosen.test else validation
+    parts = {"train": train, "validation": validation, "held": held}
+    found = measure(chosen.process, parts, quick=chosen.quick)
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
 

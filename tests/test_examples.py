@@ -23,6 +23,7 @@ KNOWN_PHYSICS = ROOT / "examples" / "known_physics.py"
 CENSORED = ROOT / "examples" / "censored.py"
 TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
 EARTHQUAKES = ROOT / "examples" / "earthquakes.py"
+NEURAL_JUMP_ODE = ROOT / "examples" / "neural_jump_ode.py"
 LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 BOUNCING_BALL = ROOT / "examples" / "bouncing_ball.py"
@@ -164,6 +165,16 @@ def test_earthquakes(tmp_path, monkeypatch, smoke):
         assert re.search(rf"^{name} +\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]$", printed, re.MULTILINE), name
     assert re.search(r"^Poisson +\d+ rescaled gaps: KS 0\.\d+", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "earthquakes.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not NEURAL_JUMP_ODE.exists(), reason="an installed package has no examples")
+def test_neural_jump_ode(tmp_path, smoke):
+    printed = smoke(NEURAL_JUMP_ODE, warned="error")
+    assert re.search(
+        r"^error of the intensity \d+\.\d %, of a constant one \d+\.\d %$", printed, re.MULTILINE
+    )
+    assert re.search(r"^found +\d+ rescaled gaps: KS 0\.\d+", printed, re.MULTILINE)
+    assert (tmp_path / "examples" / "output" / "neural_jump_ode.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not LATENT_SDE.exists(), reason="an installed package has no examples")

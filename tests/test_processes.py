@@ -1,7 +1,8 @@
-"""NeuralSDE: a module that returns a path, with parts that can be replaced."""
+"""NeuralSDE and NeuralJumpODE: modules that return paths, with parts that can be replaced."""
 
 import copy
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -139,3 +140,97 @@ def test_contexts_that_do_not_fit():
         sd.NeuralSDE(2, 8)(TS.float(), torch.zeros(3))
     with pytest.raises(sd.FieldError, match="NeuralSDE: made for a context of size 3, got 0"):
         sd.NeuralSDE(2, 8, context_dim=3)(TS.float())
+
+
+# Jump ODEs.
+
+
+def sequences(count=40, end=20.0):
+    torch.manual_seed(0)
+    return sd.Jumps(sd.Hawkes(0.5, 0.8, 1.6, 0.0, end).sample((count,)), 0.0, end)
+
+
+class JumpModel(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.process = sd.NeuralJumpODE(2, (8,), **options).double()
+
+    def forward(self, batch):
+        with batch.plate("series"):
+            batch.observe("jumps", self.process(batch))
+
+
+def test_a_jump_ode_starts_as_a_poisson_process_nearly():
+    jumps = sequences()
+    process = sd.NeuralJumpODE(3, (8,), rate=0.9).double()
+    process.intensity.log_rise.data.fill_(-50.0)
+    expected = sd.PoissonProcess(0.9, 0.0, 20.0).log_prob(jumps.values)
+    assert torch.allclose(process(jumps).log_prob(jumps.values), expected, atol=1e-9)
+
+
+def test_fit_trains_a_jump_ode_on_mini_batches():
+    jumps = sequences()
+    model = JumpModel(rate=0.5, step=1.0)
+    guide = sd.AmortizedGuide(model)
+    sd.fit(model, guide, jumps, steps=120, lr=0.05, batch_size=20, progress=False)
+    with torch.no_grad():
+        found = model.process(jumps).log_prob(jumps.values).sum()
+    rate = float(jumps.counts.sum()) / 800
+    constant = sd.PoissonProcess(rate, 0.0, 20.0).log_prob(jumps.values).sum()
+    known = sd.Hawkes(0.5, 0.8, 1.6, 0.0, 20.0).log_prob(jumps.values).sum()
+    assert float(constant) + 0.8 * float(known - constant) < float(found) < float(known) + 12
+    fresh = JumpModel(step=1.0)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh.process(jumps).log_prob(jumps.values).sum(), found)
+
+
+@pytest.mark.parametrize("svi", [True, False])
+def test_pyros_own_training_moves_a_jump_ode(svi):
+    pyro.clear_param_store()
+    jumps, model = sequences(4), JumpModel()
+    guide = sd.AmortizedGuide(model)
+    before = copy.deepcopy(model.process.state_dict())
+    if svi:
+        pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO()).step(jumps)
+    else:
+        loss = pyro.infer.Trace_ELBO()(model, guide)
+        loss(jumps).backward()
+        torch.optim.Adam(model.parameters(), lr=0.01).step()
+    pyro.clear_param_store()
+    after = model.process.state_dict()
+    assert not torch.equal(before["intensity.base"], after["intensity.base"])
+    assert not torch.equal(before["flow.place"], after["flow.place"])
+
+
+def test_the_jump_ode_of_the_paper_and_its_marks():
+    jumps = sd.Jumps.from_list([([0.4, 1.1], [1, 0]), ([], []), ([0.2], [2])], t0=0.0, t1=3.0, classes=3)
+    kinds = sd.NeuralJumpODE(3, 8, marks=3).double()
+    assert kinds(jumps).intensities([0.5, 1.5], jumps).shape == (3, 2, 3)
+    paper = sd.NeuralJumpODE(
+        3, 8, marks=3, flow=sd.NeuralField(3, hidden=(8,)), jump_map=sd.NeuralJump(3, (8,), classes=3)
+    ).double()
+    total = paper(jumps).log_prob(jumps.values).sum()
+    gradients = torch.autograd.grad(total, list(paper.parameters()), allow_unused=True)
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+    sizes = sd.Jumps(torch.cat([jumps.values[..., :1], 0.5 + jumps.values[..., 1:]], -1), 0.0, 3.0)
+    net = nn.Linear(3, 1).double()
+    quantities = sd.NeuralJumpODE(3, 8, marks=lambda t, z: dist.LogNormal(net(z)[..., 0], 1.0)).double()
+    assert isinstance(quantities.jump_map, sd.NeuralJump)
+    assert bool(torch.isfinite(quantities(sizes).log_prob(sizes.values)).all())
+
+
+def test_a_jump_ode_has_subjects():
+    jumps = sequences(3)
+    process = sd.NeuralJumpODE(2, (8,), context_dim=2).double()
+    # The net starts at 0, where it reads nothing.
+    nn.init.normal_(process.intensity.net.layers[-1].weight)
+    context = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 1.0]], dtype=F64)
+    whole = process(jumps, context).log_prob(jumps.values)
+    alone = process(jumps[[1]], context[[1]]).log_prob(jumps.values[[1]])
+    assert torch.allclose(whole[1], alone[0])
+    assert not torch.allclose(process(jumps, context.flip(-1)).log_prob(jumps.values), whole)
+    with pytest.raises(sd.FieldError, match="NeuralJumpODE: made for a context of size 2, got 0"):
+        process(jumps)
+    draws = process(jumps, context, max_jumps=400).sample((2,))
+    assert draws.shape == (2, 3, 400, 1)

@@ -17,6 +17,14 @@ from stochdyn.fields.diffusion import (
     probe,
 )
 from stochdyn.fields.hamiltonian import HamiltonianField
+from stochdyn.fields.jumps import (
+    AbstractAdditiveJump,
+    AbstractLinearFlow,
+    AdditiveJump,
+    DecayFlow,
+    JumpIntensity,
+    NeuralJump,
+)
 from stochdyn.fields.known import Residual
 from stochdyn.fields.lipschitz import Bjorck, GroupSort, LipschitzMLP
 from stochdyn.fields.neural import MLP, ElementwiseField, Linear, NeuralField

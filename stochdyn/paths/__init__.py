@@ -17,6 +17,7 @@ from stochdyn.paths.points import (
     Hawkes,
     History,
     Inversion,
+    JumpODE,
     MultivariateHawkes,
     PointProcess,
     PoissonProcess,

@@ -4,6 +4,7 @@ from stochdyn.paths.points.base import AbstractPointProcess
 from stochdyn.paths.points.correcting import SelfCorrecting
 from stochdyn.paths.points.general import History, PointProcess
 from stochdyn.paths.points.hawkes import Hawkes
+from stochdyn.paths.points.jump_ode import JumpODE
 from stochdyn.paths.points.multivariate import MultivariateHawkes
 from stochdyn.paths.points.poisson import PoissonProcess
 from stochdyn.paths.points.simulate import AbstractSampler, Inversion, Thinning
@@ -14,6 +15,7 @@ __all__ = [
     "Hawkes",
     "History",
     "Inversion",
+    "JumpODE",
     "MultivariateHawkes",
     "PointProcess",
     "PoissonProcess",

@@ -125,6 +125,14 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
         """A bound of the intensity, and until when it holds if there is no jump; None where none is known."""
         return None
 
+    def _until(self, state: State, now: Tensor, end: Tensor) -> Tensor:
+        """How far a state of `_begin`, `_next` or `_onward` reaches."""
+        return end
+
+    def _onward(self, state: State, t: Tensor) -> State:
+        """The state from t on, after a jump there, if there was one."""
+        return state
+
     def _mark_dim(self) -> int:
         return mark_dim(self.marks)
 
@@ -263,8 +271,9 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
         bad = jumps.real & ~((rate >= 0) & torch.isfinite(rate))
         if bool(bad.any()):
             k, *where = bad.nonzero()[0].tolist()
+            nth = int(jumps.real[(slice(None, k), *where)].sum())
             raise FieldError(
-                f"{member(where)}, jump {k}, time {float(jumps.times[(k, *where)]):.6g}: the intensity is "
+                f"{member(where)}, jump {nth}, time {float(jumps.times[(k, *where)]):.6g}: the intensity is "
                 f"{float(rate[(k, *where)]):.6g}. It must be finite and not negative: end it in softplus or exp."
             )
 

@@ -54,6 +54,7 @@ class Thinning(AbstractSampler):
 
     def step(self, process: Any, state: Any, now: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """See `AbstractSampler`."""
+        end = process._until(state, now, end)
         given = process._bound(state, now, end)
         if given is None:
             raise FieldError(
@@ -106,12 +107,15 @@ class Inversion(AbstractSampler):
 
     def step(self, process: Any, state: Any, now: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """See `AbstractSampler`. A draw that is not used up within reach is forgotten, as Exp(1) allows."""
+        end = process._until(state, now, end)
         rate = process._rate(state, now).expand(now.shape).to(now)
         self._check(rate, now)
         high = torch.minimum(end, now + self.reach / rate.clamp_min(torch.finfo(now.dtype).tiny))
         target = torch.empty_like(now).exponential_()
         total = process._integral(state, now, high).expand(now.shape)
         happened = (target < total) & (now < end)
+        if not bool(happened.any()):
+            return high, happened
         t = self._solve(process, state, now, high, torch.where(happened, target, 0.5 * total))
         t = torch.where(happened, torch.maximum(t, torch.nextafter(now, end)), high)
         return t, happened
@@ -171,7 +175,7 @@ def simulate(process: Any, shape: torch.Size, sampler: AbstractSampler) -> Tenso
             drawn.append((torch.where(happened, t, torch.full_like(t, float("inf"))), mark))
             count = count + happened[0]
             _check_room(process, count, t)
-        now = t
+        state, now = process._onward(state, t), t
     return _padded(process, drawn, shape, start)
 
 

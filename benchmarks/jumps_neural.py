@@ -1,0 +1,90 @@
+"""The neural jump ODE of `jumps.py`: two sizes, fitted to the training part, one chosen on the validation part."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import stochdyn as sd
+
+LogLikelihood = Callable[[sd.JumpODE, sd.Jumps], Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is chosen on the validation part."""
+
+    state_dim: int
+    hidden: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SIMULATED = {"linear": Size(2, ()), "network": Size(3, (16,))}
+EARTHQUAKES = {"shortest": 0.02, "longest": 20.0, "nodes": 6, "step": 10.0}
+MARKED = {"linear": Size(5, (), EARTHQUAKES), "network": Size(5, (16,), EARTHQUAKES)}
+
+
+def make(size: Size, train: sd.Jumps) -> sd.NeuralJumpODE:
+    """At the mean rate of the data."""
+    torch.manual_seed(0)
+    rate = float(train.counts.sum() / (train.t1 - train.t0).sum())
+    return sd.NeuralJumpODE(
+        size.state_dim, size.hidden, marks=train.classes, rate=rate, **size.options
+    ).double()
+
+
+def sparsity(net: sd.NeuralJumpODE, width: float, train: sd.Jumps) -> Tensor:
+    """Minus the log density of Cauchy priors: on all that makes the intensity differ from a constant.
+
+    Their scale is `width` times the error of one parameter, for a coordinate of unit spread; the one that integrates
+    spreads with time, where its push is not what jumps bring.
+    """
+    head, total = net.intensity, torch.zeros((), dtype=torch.float64)
+    length, each = (train.t1 - train.t0).mean(), train.counts.double().mean()
+    scale = width / (each * len(train)).sqrt()
+    spread = (1 + ((net.flow.push + each / length) * length).square() / 12).sqrt()
+    parts = [head.slope[:, :1] * spread, head.slope[:, 1:], head.log_rise.exp()]
+    parts += [] if head.net is None else list(head.net.layers[-1].parameters())
+    for part in parts:
+        total = total + torch.log1p((part / scale) ** 2).sum()
+    # The start is seen only once in a sequence.
+    return total + torch.log1p(net.initial.square() / (scale.square() * each)).sum()
+
+
+def fit(net: sd.NeuralJumpODE, train: sd.Jumps, likelihood: LogLikelihood, steps: int) -> None:
+    """The posterior's mode by L-BFGS, from a wide prior to a narrow one, in units of the error of one parameter."""
+    count = float(train.counts.sum())
+    for width in (1.0, 0.1):
+        optimiser = torch.optim.LBFGS(
+            net.parameters(), max_iter=steps, history_size=30, line_search_fn="strong_wolfe", tolerance_grad=1e-8
+        )  # fmt: skip
+
+        def closure(optimiser: Any = optimiser, width: float = width) -> Tensor:
+            optimiser.zero_grad()
+            prior = sparsity(net, width, train)
+            loss = (prior - likelihood(net(train, validate_args=False), train)) / count
+            loss.backward()
+            return loss
+
+        optimiser.step(closure)
+
+
+def choose(
+    train: sd.Jumps, validation: sd.Jumps, sizes: dict[str, Size], likelihood: LogLikelihood, steps: int
+) -> tuple[sd.NeuralJumpODE, str, float]:
+    """The first net that no later one beats by a standard error on the validation part; its name; all seconds."""
+    start, best = time.perf_counter(), None
+    for name, size in sizes.items():
+        net = make(size, train)
+        fit(net, train, likelihood, steps)
+        with torch.no_grad():
+            score = net(validation, nodes=None).log_prob(validation.values)
+        print(f"  {name}: {float(score.sum()):.2f} on the validation part", flush=True)
+        gain = None if best is None else score - best[0]
+        if gain is None or float(gain.sum()) > float(gain.std()) * len(gain) ** 0.5:
+            best = (score, net, name)
+    assert best is not None
+    return best[1], best[2], time.perf_counter() - start
