@@ -84,9 +84,13 @@ class Calendar:
         """(*batch,) the time of the jump that is due."""
         return self.times.gather(0, due[None])[0]
 
+    def of(self, due: Tensor) -> Tensor:
+        """(*batch,) the schedule of the jump that is due."""
+        return self.source.gather(0, due[None])[0]
+
     def jump(self, due: Tensor, now: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """The states after the jumps due, where `now` (*batch,) says so."""
-        source, row, after = self.source.gather(0, due[None])[0], self.row.gather(0, due[None])[0], z
+        source, row, after = self.of(due), self.row.gather(0, due[None])[0], z
         for k, schedule in enumerate(self.schedules):
             mine = now & (source == k)
             if not bool(mine.any()):
@@ -97,7 +101,7 @@ class Calendar:
                 amounts = amounts.expand(*z.shape[:-1], *amounts.shape[-2:])
                 index = torch.where(mine, row, 0)[..., None, None].expand(*z.shape[:-1], 1, amounts.shape[-1])
                 given = amounts.gather(-2, index)[..., 0, :]
-            moved = evaluate(f"jump map of schedule {k}", schedule.jump_map, t, z, given)
+            moved = evaluate(f"jump map of schedule {k}", schedule.jump_map, t, z.clone(), given)
             after = torch.where(mine[..., None], moved, after)
         return after
 

@@ -93,3 +93,20 @@ def test_a_map_of_another_shape_is_refused():
             number([0.0, 2.0]),
             jumps=[sd.Schedule(number([1.0]), lambda t, z: number([1.0] * 3))],
         )
+
+
+def test_maps_that_write_into_their_state_reach_no_other_series():
+    def clear(t, z):
+        z[..., 0] = 0.0
+        return z
+
+    start = number([[1.0], [2.0]])
+    at = sd.Schedule(number([[0.5], [torch.inf]]), clear)
+    z = sd.odeint(lambda t, z: torch.ones_like(z), start, number([0.0, 1.0]), jumps=[at])
+    assert (z[..., 0] - number([[1.0, 0.5], [2.0, 3.0]])).abs().max() < 1e-9 and start[:, 0].tolist() == [1.0, 2.0]
+
+
+def test_a_map_that_returns_nan_is_named():
+    fine, bad = sd.Schedule(number([0.2]), lambda t, z: z), sd.Schedule(number([0.5]), lambda t, z: z / 0)
+    with pytest.raises(sd.DivergedError, match=r"series 0, time 0\.5, schedule 1: the jump map returned \[nan, inf\]"):
+        sd.odeint(lambda t, z: 0 * z, number([0.0, 1.0]), number([0.0, 1.0]), jumps=[fine, bad])
