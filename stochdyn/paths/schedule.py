@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stochdyn.errors import FieldError, ShapeError, TimeError
 from stochdyn.fields import Field, evaluate
+from stochdyn.paths.checks import joint_batch
 from stochdyn.paths.trigger import check_map
 
 
@@ -49,20 +50,28 @@ class Schedule:
             raise FieldError(
                 f"Schedule: `jump_map` must be callable as (t, z[, amount]), got {type(self.jump_map).__name__}."
             )
-        amounts = self.amounts
-        if amounts is not None and (amounts.dim() < 2 or amounts.shape[-2] != self.times.shape[-1]):
-            raise ShapeError(
-                f"Schedule: `amounts` must have shape (*batch, jump={self.times.shape[-1]}, amount), got "
-                f"{tuple(amounts.shape)}."
-            )
+        _check_amounts(self.amounts, self.times)
         later = self.times[..., 1:].detach() >= self.times[..., :-1].detach()
         if not bool(later.all()) or bool(self.times.detach().isnan().any()):
             bad = torch.cat([torch.ones_like(self.times[..., :1], dtype=torch.bool), later], -1)
             *series, k = (~bad | self.times.detach().isnan()).nonzero()[0].tolist()
             raise TimeError(
-                f"Schedule: series {series[0] if len(series) == 1 else tuple(series)}, jump {k}: time "
+                f"Schedule: series {series[0] if len(series) == 1 else tuple(series) or 0}, jump {k}: time "
                 f"{self.times[(*series, k)].item():g} is not at or after the one before. Sort the times."
             )
+
+
+def _check_amounts(amounts: object, times: Tensor) -> None:
+    """Refuse amounts that are not those of the times."""
+    if amounts is None:
+        return
+    wanted = f"Schedule: `amounts` must be a floating tensor (*batch, jump={times.shape[-1]}, amount)"
+    if not isinstance(amounts, Tensor) or not amounts.is_floating_point():
+        got = amounts.dtype if isinstance(amounts, Tensor) else type(amounts).__name__
+        raise ShapeError(f"{wanted}, got {got}.")
+    if amounts.dim() < 2 or amounts.shape[-2] != times.shape[-1]:
+        raise ShapeError(f"{wanted}, got {tuple(amounts.shape)}.")
+    joint_batch(schedule_times=times.shape[:-1], schedule_amounts=amounts.shape[:-2])
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ def check_window(name: str, times: Tensor, ts: Tensor) -> None:
         return
     *series, k = bad.nonzero()[0].tolist()
     first, last = (x.expand(bad.shape)[(*series, k)].item() for x in (ts[..., :1], ts[..., -1:]))
-    where = series[0] if len(series) == 1 else tuple(series)
+    where = series[0] if len(series) == 1 else tuple(series) or 0
     got = times.expand(bad.shape)[(*series, k)].item()
     raise TimeError(
         f"{name}: series {where}, jump {k}: time {got:g} is {'before' if got < first else 'after'} the path, which "

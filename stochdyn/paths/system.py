@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.data.doses import Doses
-from stochdyn.errors import FieldError, JumpError, PaddingError
+from stochdyn.errors import FieldError, JumpError, PaddingError, ShapeError
 from stochdyn.paths.checks import joint_batch
 from stochdyn.paths.dosing import as_schedule, has_infusions, on_state, with_rates
 from stochdyn.paths.hybrid import Hybrid, TriggeredJumps
@@ -95,6 +95,7 @@ def read_jumps(
 
     Raises:
         FieldError: if one of them is something else.
+        ShapeError: if a schedule or doses are of other series.
         PaddingError: if `max_jumps` is not positive.
 
     Example:
@@ -115,6 +116,7 @@ def read_jumps(
                 f"odeint: `jumps[{k}]` must be an sd.Trigger, an sd.Schedule or sd.Doses, got {type(jump).__name__}."
             )
         if not isinstance(jump, Trigger):
+            _check_series(k, jump, at[1].shape[:-1])
             check_window(f"jumps[{k}]", jump.times, ts)
     t, z, context = at
     infusions = any(has_infusions(jump) for jump in jumps if isinstance(jump, Doses))
@@ -138,6 +140,25 @@ def read_jumps(
     tensors = [x for s in schedules for x in (s.times, s.amounts) if x is not None]
     attached = any(x.requires_grad for x in [*found, *moved, *tensors])
     return System(conditions, tuple(schedules), max_jumps, attached, infusions), joint
+
+
+def _check_series(k: int, jump: Schedule | Doses, batch: torch.Size) -> None:
+    """Refuse jumps of another number of series than the path's."""
+    if isinstance(jump, Doses):
+        given = {"times": jump.times.shape[:-1]}
+        given |= {f"lag_{i}": x.shape for i, (_, x) in enumerate(jump.lag)}
+        given |= {f"bioavailability_{i}": x.shape for i, (_, x) in enumerate(jump.bioavailability)}
+    else:
+        given = {"times": jump.times.shape[:-1]}
+        given |= {} if jump.amounts is None else {"amounts": jump.amounts.shape[:-2]}
+    try:
+        torch.broadcast_shapes(batch, *given.values())
+    except RuntimeError as error:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in given.items())
+        raise ShapeError(
+            f"odeint: `jumps[{k}]` is of other series than the path: batch shapes {listed}, the path's is "
+            f"{tuple(batch)}. Give one list for each series, or one for all; a mini-batch's doses are doses[batch.index]."
+        ) from error
 
 
 def _check_halves(solver: AbstractODESolver) -> None:

@@ -65,9 +65,16 @@ def test_with_a_trigger_beside_it():
             sd.TimeError,
             r"series 1, jump 1: time 0.5 is not at or after",
         ),
-        (number([0.0, torch.nan]), None, sd.TimeError, r"series \(\), jump 1: time nan"),
+        (number([0.0, torch.nan]), None, sd.TimeError, r"series 0, jump 1: time nan"),
         ([0.0], None, sd.ShapeError, r"`times` must be a floating tensor"),
-        (number([0.0, 1.0]), number([1.0]), sd.ShapeError, r"`amounts` must have shape"),
+        (number([0.0, 1.0]), [[1.0], [2.0]], sd.ShapeError, r"`amounts` must be a floating tensor .*, got list"),
+        (
+            number([[0.0, 1.0]] * 2),
+            number([[[1.0], [2.0]]] * 3),
+            sd.ShapeError,
+            r"schedule_times \(2,\), schedule_amounts \(3,\)",
+        ),
+        (number([0.0, 1.0]), number([1.0]), sd.ShapeError, r"`amounts` must be a floating tensor .*amount\), got \(1,\)"),
     ],
 )
 def test_faults_have_names(times, amounts, error, message):
@@ -110,3 +117,13 @@ def test_a_map_that_returns_nan_is_named():
     fine, bad = sd.Schedule(number([0.2]), lambda t, z: z), sd.Schedule(number([0.5]), lambda t, z: z / 0)
     with pytest.raises(sd.DivergedError, match=r"series 0, time 0\.5, schedule 1: the jump map returned \[nan, inf\]"):
         sd.odeint(lambda t, z: 0 * z, number([0.0, 1.0]), number([0.0, 1.0]), jumps=[fine, bad])
+
+
+def test_a_single_path_is_series_0():
+    with pytest.raises(sd.TimeError, match=r"jumps\[0\]: series 0, jump 0: time 3 is after the path"):
+        sd.odeint(
+            lambda t, z: z,
+            number([1.0]),
+            number([0.0, 2.0]),
+            jumps=[sd.Schedule(number([3.0]), lambda t, z: z)],
+        )
