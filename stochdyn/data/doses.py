@@ -220,8 +220,9 @@ class Doses:
             >>> sd.Doses([sd.Dose(0.0, 1.0, additional=3, interval=1.0)]).until(1.5).times
             tensor([0., 1., inf, inf], dtype=torch.float64)
         """
-        end = torch.as_tensor(time, dtype=torch.float64, device=self.times.device)
-        late = self.times > end[..., None]
+        real = isinstance(time, Tensor) and time.is_floating_point()
+        end = torch.as_tensor(time, dtype=None if real else torch.float64, device=self.times.device)
+        late = self.times.to(end.dtype) > end[..., None]
         return self._with(
             times=self.times.masked_fill(late, torch.inf), amounts=self.amounts.masked_fill(late, 0.0)
         )
@@ -340,7 +341,8 @@ class Doses:
                 "Doses: a reset sets the state to zero, which an SDE path cannot. Split the series."
             )
         dtype = ts.dtype if self.amounts.dtype == torch.float64 and ts.dtype != torch.float64 else size.dtype
-        done = (times[..., None, :] <= ts[..., :, None].to(times.dtype)) & times.isfinite()[..., None, :]
+        # In the dtype of the grid: .7 is not after the .7 of a float32 grid.
+        done = (times.to(ts.dtype)[..., None, :] <= ts[..., :, None]) & times.isfinite()[..., None, :]
         into = torch.nn.functional.one_hot(self.compartment, state_dim).to(size.dtype) * size[..., None]
         return (done.to(size.dtype) @ into).to(dtype)
 

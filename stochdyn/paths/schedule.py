@@ -166,6 +166,27 @@ def calendar(schedules: Sequence[Schedule], ts: Tensor, batch: torch.Size) -> Ca
     return Calendar(tuple(schedules), *[x.gather(-1, order).movedim(-1, 0) for x in parts])
 
 
+def on_grid(times: Tensor, ts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Times that are one of the grid's in the dtype in which that was given are moved there; their gradients stay.
+
+    Args:
+        times: (*batch, jump), sorted, and so is what returns.
+        ts: (*batch, time) float64.
+        dtype: in which the grid was given.
+
+    Example:
+        >>> ts = torch.tensor([0.0, 0.7])
+        >>> on_grid(torch.tensor([0.7, 0.8], dtype=torch.float64), ts.double(), ts.dtype).tolist()
+        [0.699999988079071, 0.8]
+    """
+    if dtype == torch.float64 or times.dtype != torch.float64:
+        return times
+    ts = ts.detach().to(times.device, torch.float64)
+    close = times.detach().to(dtype).double()
+    hit = (close[..., :, None] == ts[..., None, :]).any(-1)
+    return times + torch.where(hit, close - times.detach(), 0.0)
+
+
 def check_window(name: str, times: Tensor, ts: Tensor) -> None:
     """Refuse jumps before the first or after the last time of a path: they would be left out without a word.
 

@@ -1,7 +1,7 @@
 """What `odeint` does where there are jumps: read them, solve, and find the gradient."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from stochdyn.paths.checks import joint_batch
 from stochdyn.paths.dosing import as_schedule, has_infusions, on_state, with_rates
 from stochdyn.paths.hybrid import Hybrid, TriggeredJumps
 from stochdyn.paths.replay import replay
-from stochdyn.paths.schedule import Schedule, calendar, check_window, read_schedules
+from stochdyn.paths.schedule import Schedule, calendar, check_window, on_grid, read_schedules
 from stochdyn.paths.search import search
 from stochdyn.paths.trigger import Conditions, Trigger, read_triggers
 from stochdyn.solvers import AbstractGradient, Direct, Verlet
@@ -80,7 +80,11 @@ def _most_steps(solver: AbstractODESolver) -> int:
 
 
 def read_jumps(
-    jumps: Sequence[Jump], at: tuple[Tensor, Tensor, Tensor | None], ts: Tensor, max_jumps: int
+    jumps: Sequence[Jump],
+    at: tuple[Tensor, Tensor, Tensor | None],
+    ts: Tensor,
+    max_jumps: int,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[System, torch.Size]:
     """Try triggers and schedules once.
 
@@ -89,6 +93,7 @@ def read_jumps(
         at: the first time, the start and the first row of the context.
         ts: (*batch, time).
         max_jumps: of one series.
+        dtype: in which `ts` was given: a jump at one of them in that dtype is at it.
 
     Returns:
         The system, and the joint batch.
@@ -117,7 +122,7 @@ def read_jumps(
             )
         if not isinstance(jump, Trigger):
             _check_series(k, jump, at[1].shape[:-1])
-            check_window(f"jumps[{k}]", jump.times, ts)
+            check_window(f"jumps[{k}]", on_grid(jump.times, ts, dtype), ts)
     t, z, context = at
     infusions = any(has_infusions(jump) for jump in jumps if isinstance(jump, Doses))
     width = z.shape[-1]
@@ -131,7 +136,7 @@ def read_jumps(
         for jump in jumps
     ]
     triggers = [jump for jump in given if isinstance(jump, Trigger)]
-    schedules = [jump for jump in given if isinstance(jump, Schedule)]
+    schedules = [replace(s, times=on_grid(s.times, ts, dtype)) for s in given if isinstance(s, Schedule)]
     conditions, found = read_triggers(triggers, t, z, context)
     moved, batches = read_schedules(schedules, t, z)
     shapes = {f"jump_{k}": x.shape[:-1] for k, x in enumerate(found + moved)}
@@ -157,7 +162,8 @@ def _check_series(k: int, jump: Schedule | Doses, batch: torch.Size) -> None:
         listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in given.items())
         raise ShapeError(
             f"odeint: `jumps[{k}]` is of other series than the path: batch shapes {listed}, the path's is "
-            f"{tuple(batch)}. Give one list for each series, or one for all; a mini-batch's doses are doses[batch.index]."
+            f"{tuple(batch)}. Give one list for each series, or one for all; a mini-batch's doses are "
+            "doses[batch.index]."
         ) from error
 
 

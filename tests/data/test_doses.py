@@ -168,9 +168,26 @@ def test_adjusting_one_compartment_keeps_the_other():
 def test_a_dose_whose_lag_ends_after_the_path_does_not_act_on_it():
     doses = sd.Doses([sd.Dose(0.0, 1.0), sd.Dose(1.0, 2.0)])
     z = sd.odeint(
-        lambda t, z: 0 * z, number([0.0]), number([0.0, 1.5]), jumps=[doses.adjusted(lag=number([[0.5], [1.0]])[:, 0])]
+        lambda t, z: 0 * z,
+        number([0.0]),
+        number([0.0, 1.5]),
+        jumps=[doses.adjusted(lag=number([[0.5], [1.0]])[:, 0])],
     )
     assert z[:, -1, 0].tolist() == [3.0, 1.0]
+
+
+def test_a_grid_in_float32_has_the_doses_at_its_times():
+    """.7 in float32 is below .7."""
+    ts = torch.tensor([0.0, 0.7, 1.4])
+    doses = sd.Doses([sd.Dose(0.7, 2.0), sd.Dose(1.4, 1.0)])
+    for dtype in (torch.float32, torch.float64):
+        z = sd.odeint(lambda t, z: 0 * z, torch.zeros(1, dtype=dtype), ts, jumps=[doses])
+        assert z[:, 0].tolist() == [0.0, 2.0, 3.0]
+    assert doses.given(ts, 1)[:, 0].tolist() == [0.0, 2.0, 3.0]
+    assert doses.until(ts[1]).times.tolist() == [0.7, math.inf]
+    assert sd.Doses([sd.Dose(0.0, 0.7, rate=1.0)]).rates(ts, 1)[:, 0].tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(sd.TimeError, match=r"time 1.41 is after the path"):
+        sd.odeint(lambda t, z: 0 * z, torch.zeros(1), ts, jumps=[sd.Doses([sd.Dose(1.41, 1.0)])])
 
 
 @pytest.mark.parametrize(

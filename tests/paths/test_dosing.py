@@ -51,7 +51,9 @@ def test_users_functions_see_the_state_alone():
 )
 def test_resets_at_the_ends_of_infusions(doses, wanted):
     """With a field of zero the state counts what has run in since the last reset."""
-    z = sd.odeint(lambda t, z: 0 * z, number([0.0]), number([0.0, 1.0, 2.0, 5.0, 10.0]), jumps=[sd.Doses(doses)])
+    z = sd.odeint(
+        lambda t, z: 0 * z, number([0.0]), number([0.0, 1.0, 2.0, 5.0, 10.0]), jumps=[sd.Doses(doses)]
+    )
     assert (z[:, 0] - number(wanted)).abs().max() < 1e-9
 
 

@@ -78,6 +78,7 @@ def test_a_map_that_returns_nan_is_named(solver):
     bad = sd.Trigger(lambda t, z: z[..., 0] - 1.0, lambda t, z: (1 - 2 * z).sqrt(), 1)
     start, ts = torch.tensor([[-5.0], [0.5]], dtype=torch.float64), torch.tensor([0.0, 1.0])
     with pytest.raises(
-        sd.DivergedError, match=r"series 1, time 0\.5, trigger 1: the jump map returned \[nan\] for the state \[1\.0\]"
+        sd.DivergedError,
+        match=r"series 1, time 0\.5, trigger 1: the jump map returned \[nan\] for the state \[1\.0\]",
     ):
         sd.odeint(lambda t, z: torch.ones_like(z), start, ts, jumps=[far, bad], solver=solver)
