@@ -63,9 +63,30 @@ def _column(frame: Any, name: str, needed: bool) -> list[Any] | None:
     return frame[name].tolist()
 
 
+def _empty(value: Any) -> bool:
+    return value is None or bool(value != value) or (isinstance(value, str) and value.strip() in (".", ""))
+
+
+def _whole(where: str, name: str, value: float) -> int:
+    if value != int(value):
+        raise DataError(f"{where}: {name} is {value:g}. It is a whole number.")
+    return int(value)
+
+
+def _check_needed(where: str, cells: dict[str, Any], numbers: dict[str, float], kind: float) -> None:
+    """What an event cannot do without."""
+    if _empty(cells["TIME"]) or not np.isfinite(numbers["TIME"]):
+        raise DataError(f"{where}: TIME is {cells['TIME']!r}. An event needs the time at which it was.")
+    if kind != 3 and not numbers["AMT"]:
+        raise DataError(
+            f"{where}: a dose (EVID {kind:g}) with AMT {cells['AMT']!r}. Give the amount; an observation has EVID 0, "
+            "a reset alone EVID 3."
+        )
+
+
 def _number(k: int, name: str, value: Any) -> float:
     """A cell as a number; an empty one is 0."""
-    if value is None or value != value or (isinstance(value, str) and value.strip() in (".", "")):
+    if _empty(value):
         return 0.0
     try:
         return float(value)
@@ -84,6 +105,7 @@ def _dose(k: int, label: Any, cells: dict[str, Any]) -> dict[str, Any] | None:
         raise DataError(f"{where}: an observation (EVID 0) with AMT {amount:g}. A dose has EVID 1.")
     if kind in (0, 2):
         return None
+    _check_needed(where, cells, numbers, kind)
     if numbers["SS"]:
         raise DataError(
             f"{where}: steady state (SS) is not read off. Write the doses before: an earlier TIME with ADDL, and a "
@@ -101,9 +123,9 @@ def _dose(k: int, label: Any, cells: dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(into, str) and into.strip() not in (".", ""):
         fields["compartment"] = int(into) if into.strip().isdigit() else into
     elif _number(k, "CMT", into):
-        fields["compartment"] = int(_number(k, "CMT", into))
+        fields["compartment"] = _whole(where, "CMT", _number(k, "CMT", into))
     named = (("RATE", "rate"), ("DUR", "duration"), ("II", "interval"))
     fields |= {new: numbers[old] for old, new in named if numbers[old] and kind != 3}
     if numbers["ADDL"] and kind != 3:
-        fields["additional"] = int(numbers["ADDL"])
+        fields["additional"] = _whole(where, "ADDL", numbers["ADDL"])
     return fields | ({"reset": True} if kind >= 3 else {})

@@ -190,13 +190,23 @@ class Doses:
         return self.times.shape[0] if self.times.dim() > 1 else 1
 
     def __getitem__(self, index: Any) -> Self:
-        """The doses of some series: a position, a slice, a tensor such as `batch.index`."""
+        """The doses of some series: a position, a slice, a tensor such as `batch.index`.
+
+        Lags and bioavailabilities of one value per series are those of the same series.
+        """
+        picked: Any = [index] if isinstance(index, int) else index
         if self.times.dim() == 1:
-            return self
-        picked = [index] if isinstance(index, int) else index
-        new = {name: getattr(self, name)[picked] for name in _TENSORS}
-        position = torch.arange(len(self))[picked].tolist()
-        return self._with(**new, ids=tuple(self.ids[i] for i in position))
+            return self._with(
+                lag=_pick(self.lag, picked, None), bioavailability=_pick(self.bioavailability, picked, None)
+            )
+        device = self.times.device
+        picked = picked.to(device) if isinstance(picked, Tensor) else picked
+        position = torch.arange(len(self), device=device)[picked]
+        new = {name: getattr(self, name)[position] for name in _TENSORS}
+        return self._with(
+            **new, ids=tuple(self.ids[i] for i in position.tolist()), lag=_pick(self.lag, position, len(self)),
+            bioavailability=_pick(self.bioavailability, position, len(self)),
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Self:
         """The same on another device."""
@@ -210,8 +220,9 @@ class Doses:
             >>> sd.Doses([sd.Dose(0.0, 1.0, additional=3, interval=1.0)]).until(1.5).times
             tensor([0., 1., inf, inf], dtype=torch.float64)
         """
-        end = torch.as_tensor(time, dtype=torch.float64, device=self.times.device)
-        late = self.times > end[..., None]
+        real = isinstance(time, Tensor) and time.is_floating_point()
+        end = torch.as_tensor(time, dtype=None if real else torch.float64, device=self.times.device)
+        late = self.times.to(end.dtype) > end[..., None]
         return self._with(
             times=self.times.masked_fill(late, torch.inf), amounts=self.amounts.masked_fill(late, 0.0)
         )
@@ -224,12 +235,14 @@ class Doses:
     ) -> Self:
         """With lag times, by which doses act later, and bioavailable fractions; both may be latent.
 
+        What was said of other compartments before stays. A dose whose lag ends after the path does not act on it.
+
         Args:
             lag: (*batch,) for all compartments, or one for some: {"gut": lag}.
             bioavailability: likewise.
 
         Raises:
-            DataError: if a compartment is unknown.
+            DataError: if a compartment is unknown, or a value is negative or not finite.
 
         Example:
             >>> import torch, stochdyn as sd
@@ -239,8 +252,10 @@ class Doses:
             tensor([0., 0., 6.])
         """
         return self._with(
-            lag=self._by_compartment("lag", lag) or self.lag,
-            bioavailability=self._by_compartment("bioavailability", bioavailability) or self.bioavailability,
+            lag=_merge(self.lag, self._by_compartment("lag", lag)),
+            bioavailability=_merge(
+                self.bioavailability, self._by_compartment("bioavailability", bioavailability)
+            ),
         )
 
     def acting(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,7 +341,8 @@ class Doses:
                 "Doses: a reset sets the state to zero, which an SDE path cannot. Split the series."
             )
         dtype = ts.dtype if self.amounts.dtype == torch.float64 and ts.dtype != torch.float64 else size.dtype
-        done = (times[..., None, :] <= ts[..., :, None].to(times.dtype)) & times.isfinite()[..., None, :]
+        # In the dtype of the grid: .7 is not after the .7 of a float32 grid.
+        done = (times.to(ts.dtype)[..., None, :] <= ts[..., :, None]) & times.isfinite()[..., None, :]
         into = torch.nn.functional.one_hot(self.compartment, state_dim).to(size.dtype) * size[..., None]
         return (done.to(size.dtype) @ into).to(dtype)
 
@@ -334,9 +350,10 @@ class Doses:
         if given is None:
             return ()
         if not isinstance(given, Mapping):
-            return ((None, torch.as_tensor(given)),)
+            return ((None, _amount(name, given)),)
         return tuple(
-            (_compartment(key, self.compartments, name), torch.as_tensor(x)) for key, x in given.items()
+            (_compartment(key, self.compartments, name), _amount(f"{name} of compartment {key!r}", x))
+            for key, x in given.items()
         )
 
     def _spread(self, parts: tuple[tuple[int | None, Tensor], ...], neutral: float) -> Tensor:
@@ -379,6 +396,43 @@ def _read_row(row: Sequence[Dose], names: tuple[str, ...] | None, where: str) ->
     events.sort(key=lambda event: event[:2])
     table = torch.tensor([e[2] for e in events], dtype=torch.float64).reshape(len(events), 6)
     return tuple(table.unbind(1))
+
+
+def _amount(name: str, given: Any) -> Tensor:
+    """A lag or a fraction of any batch shape; its numbers are looked at where validation is on."""
+    value = torch.as_tensor(given)
+    if torch.distributions.Distribution._validate_args:
+        bad = ~(value.isfinite() & (value >= 0))
+        if bool(bad.any()):
+            index = tuple(bad.nonzero()[0].tolist())
+            where = index[0] if len(index) == 1 else index or 0
+            raise DataError(
+                f"Doses.adjusted: series {where}: {name} is {value[index].item():g}. It is finite and not negative: "
+                "give it a prior on the positive numbers, e.g. a LogNormal."
+            )
+    return value
+
+
+def _merge(
+    old: tuple[tuple[int | None, Tensor], ...], new: tuple[tuple[int | None, Tensor], ...]
+) -> tuple[tuple[int | None, Tensor], ...]:
+    """The new ones in the place of the old ones of the same compartments."""
+    replaced = {where for where, _ in new}
+    kept = () if None in replaced else tuple(part for part in old if part[0] not in replaced)
+    return kept + new
+
+
+def _pick(
+    parts: tuple[tuple[int | None, Tensor], ...], picked: Any, size: int | None
+) -> tuple[tuple[int | None, Tensor], ...]:
+    """The values of some series; one for all stays. Without a size, any more than one are of series."""
+
+    def pick(value: Tensor) -> Tensor:
+        per_series = value.dim() > 0 and (value.shape[-1] > 1 if size is None else value.shape[-1] == size)
+        index = picked.to(value.device) if isinstance(picked, Tensor) else picked
+        return value[..., index] if per_series else value
+
+    return tuple((where, pick(value)) for where, value in parts)
 
 
 def _compartment(key: int | str, names: tuple[str, ...] | None, where: str) -> int:

@@ -55,8 +55,10 @@ def as_schedule(doses: Doses, z: Tensor, infusions: bool) -> Schedule:
     first = torch.cat([bolus, rate, reset], -1)
     ends = torch.where(slow, starts + duration, torch.inf)
     other = starts[..., None, :]
-    cut = doses.reset[..., None, :] & (other >= starts[..., None]) & (other < ends[..., None])
-    cut = (cut & slow[..., None]).any(-1)
+    # At one time the order is that of the doses, then the ends: a reset at an infusion's end comes before it.
+    place = torch.arange(starts.shape[-1], device=starts.device)
+    later = (other > starts[..., None]) | ((other == starts[..., None]) & (place > place[:, None]))
+    cut = (doses.reset[..., None, :] & later & (other <= ends[..., None]) & slow[..., None]).any(-1)
     stop = torch.where(cut[..., None], 0.0, 0.0 - rate)
     second = torch.cat([torch.zeros_like(bolus), stop, torch.zeros_like(reset)], -1)
     return _sorted(torch.cat([starts, ends], -1), torch.cat([first, second], -2).to(z.dtype))

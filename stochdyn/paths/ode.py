@@ -100,7 +100,7 @@ def odeint(
     if jumps is not None or return_jumps:
         check_direct(gradient)
         at = (lift(times, len(batch) + 1)[0].to(z0.dtype), z0.expand(*batch, z0.shape[-1]), first)
-        system, batch = read_jumps(jumps or (), at, ts, max_jumps)
+        system, batch = read_jumps(jumps or (), at, ts, max_jumps, given)
     if by_time is not None:
         by_time = lift(in_time(by_time, ts.shape[-1] - 1), len(batch) + 1)
     start = z0.expand(*batch, z0.shape[-1])

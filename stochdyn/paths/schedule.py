@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stochdyn.errors import FieldError, ShapeError, TimeError
 from stochdyn.fields import Field, evaluate
+from stochdyn.paths.checks import joint_batch
 from stochdyn.paths.trigger import check_map
 
 
@@ -49,20 +50,28 @@ class Schedule:
             raise FieldError(
                 f"Schedule: `jump_map` must be callable as (t, z[, amount]), got {type(self.jump_map).__name__}."
             )
-        amounts = self.amounts
-        if amounts is not None and (amounts.dim() < 2 or amounts.shape[-2] != self.times.shape[-1]):
-            raise ShapeError(
-                f"Schedule: `amounts` must have shape (*batch, jump={self.times.shape[-1]}, amount), got "
-                f"{tuple(amounts.shape)}."
-            )
+        _check_amounts(self.amounts, self.times)
         later = self.times[..., 1:].detach() >= self.times[..., :-1].detach()
         if not bool(later.all()) or bool(self.times.detach().isnan().any()):
             bad = torch.cat([torch.ones_like(self.times[..., :1], dtype=torch.bool), later], -1)
             *series, k = (~bad | self.times.detach().isnan()).nonzero()[0].tolist()
             raise TimeError(
-                f"Schedule: series {series[0] if len(series) == 1 else tuple(series)}, jump {k}: time "
+                f"Schedule: series {series[0] if len(series) == 1 else tuple(series) or 0}, jump {k}: time "
                 f"{self.times[(*series, k)].item():g} is not at or after the one before. Sort the times."
             )
+
+
+def _check_amounts(amounts: object, times: Tensor) -> None:
+    """Refuse amounts that are not those of the times."""
+    if amounts is None:
+        return
+    wanted = f"Schedule: `amounts` must be a floating tensor (*batch, jump={times.shape[-1]}, amount)"
+    if not isinstance(amounts, Tensor) or not amounts.is_floating_point():
+        got = amounts.dtype if isinstance(amounts, Tensor) else type(amounts).__name__
+        raise ShapeError(f"{wanted}, got {got}.")
+    if amounts.dim() < 2 or amounts.shape[-2] != times.shape[-1]:
+        raise ShapeError(f"{wanted}, got {tuple(amounts.shape)}.")
+    joint_batch(schedule_times=times.shape[:-1], schedule_amounts=amounts.shape[:-2])
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,13 @@ class Calendar:
         """(*batch,) the time of the jump that is due."""
         return self.times.gather(0, due[None])[0]
 
+    def of(self, due: Tensor) -> Tensor:
+        """(*batch,) the schedule of the jump that is due."""
+        return self.source.gather(0, due[None])[0]
+
     def jump(self, due: Tensor, now: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """The states after the jumps due, where `now` (*batch,) says so."""
-        source, row, after = self.source.gather(0, due[None])[0], self.row.gather(0, due[None])[0], z
+        source, row, after = self.of(due), self.row.gather(0, due[None])[0], z
         for k, schedule in enumerate(self.schedules):
             mine = now & (source == k)
             if not bool(mine.any()):
@@ -97,7 +110,7 @@ class Calendar:
                 amounts = amounts.expand(*z.shape[:-1], *amounts.shape[-2:])
                 index = torch.where(mine, row, 0)[..., None, None].expand(*z.shape[:-1], 1, amounts.shape[-1])
                 given = amounts.gather(-2, index)[..., 0, :]
-            moved = evaluate(f"jump map of schedule {k}", schedule.jump_map, t, z, given)
+            moved = evaluate(f"jump map of schedule {k}", schedule.jump_map, t, z.clone(), given)
             after = torch.where(mine[..., None], moved, after)
         return after
 
@@ -153,6 +166,27 @@ def calendar(schedules: Sequence[Schedule], ts: Tensor, batch: torch.Size) -> Ca
     return Calendar(tuple(schedules), *[x.gather(-1, order).movedim(-1, 0) for x in parts])
 
 
+def on_grid(times: Tensor, ts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Times that are one of the grid's in the dtype in which that was given are moved there; their gradients stay.
+
+    Args:
+        times: (*batch, jump), sorted, and so is what returns.
+        ts: (*batch, time) float64.
+        dtype: in which the grid was given.
+
+    Example:
+        >>> ts = torch.tensor([0.0, 0.7])
+        >>> on_grid(torch.tensor([0.7, 0.8], dtype=torch.float64), ts.double(), ts.dtype).tolist()
+        [0.699999988079071, 0.8]
+    """
+    if dtype == torch.float64 or times.dtype != torch.float64:
+        return times
+    ts = ts.detach().to(times.device, torch.float64)
+    close = times.detach().to(dtype).double()
+    hit = (close[..., :, None] == ts[..., None, :]).any(-1)
+    return times + torch.where(hit, close - times.detach(), 0.0)
+
+
 def check_window(name: str, times: Tensor, ts: Tensor) -> None:
     """Refuse jumps before the first or after the last time of a path: they would be left out without a word.
 
@@ -175,7 +209,7 @@ def check_window(name: str, times: Tensor, ts: Tensor) -> None:
         return
     *series, k = bad.nonzero()[0].tolist()
     first, last = (x.expand(bad.shape)[(*series, k)].item() for x in (ts[..., :1], ts[..., -1:]))
-    where = series[0] if len(series) == 1 else tuple(series)
+    where = series[0] if len(series) == 1 else tuple(series) or 0
     got = times.expand(bad.shape)[(*series, k)].item()
     raise TimeError(
         f"{name}: series {where}, jump {k}: time {got:g} is {'before' if got < first else 'after'} the path, which "

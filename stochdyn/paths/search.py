@@ -181,8 +181,9 @@ class Search:
         due = plain & trial.closing & trial.due
         if bool(due.any()):
             t = self.t.to(self.z.dtype)[..., None]
-            self.z = self.problem.calendar.jump(self.q, due, t, self.z)
-            self.q = self.q + due
+            moved = self.problem.calendar.jump(self.q, due, t, self.z)
+            self.check_jump("schedule", due, self.t, self.z, moved, self.problem.calendar.of(self.q))
+            self.z, self.q = moved, self.q + due
         out = plain & trial.closing & ~trial.due
         self.output(out)
         self.refresh(landed | due, out, torch.where(landed, fired, -1))
@@ -314,6 +315,7 @@ class Search:
         z = trial.z + trial.f * shift[..., None].to(self.z.dtype)
         which = torch.where(landed, fired, -1)
         moved = self.problem.conditions.jump(which, at.to(z.dtype)[..., None], z, self.context)
+        self.check_jump("trigger", landed, at, z, moved, which)
         self.t, self.z = torch.where(landed, at, self.t), torch.where(landed[..., None], moved, self.z)
         gap = self.t - self.last
         if trial.error is not None:  # the next flight may well be as long as the last
@@ -329,6 +331,21 @@ class Search:
         infinite = self.near >= _IN_A_ROW + 2 * len(last_ones)
         self.ended = torch.where(terminal, 1, torch.where(infinite & ~terminal & landed, 2, self.ended))
         self.done = self.done | (self.ended > 0)
+
+    def check_jump(
+        self, kind: str, rows: Tensor, at: Tensor, z: Tensor, moved: Tensor, which: Tensor
+    ) -> None:
+        """Refuse jumps from finite states to others, while validating."""
+        if not torch.distributions.Distribution._validate_args:
+            return
+        bad = rows & z.isfinite().all(-1) & ~moved.isfinite().all(-1)
+        if bool(bad.any()):
+            where, _, _ = self.place(bad)
+            index = tuple(bad.nonzero()[0].tolist())
+            raise DivergedError(
+                f"series {where}, time {at[index].item():g}, {kind} {int(which[index])}: the jump map returned "
+                f"{short(moved[index])} for the state {short(z[index])}. It must return finite numbers."
+            )
 
     def output(self, out: Tensor) -> None:
         """Write the states of the series that are at a time of the path."""

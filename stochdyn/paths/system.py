@@ -1,18 +1,18 @@
 """What `odeint` does where there are jumps: read them, solve, and find the gradient."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stochdyn.data.doses import Doses
-from stochdyn.errors import FieldError, JumpError, PaddingError
+from stochdyn.errors import FieldError, JumpError, PaddingError, ShapeError
 from stochdyn.paths.checks import joint_batch
 from stochdyn.paths.dosing import as_schedule, has_infusions, on_state, with_rates
 from stochdyn.paths.hybrid import Hybrid, TriggeredJumps
 from stochdyn.paths.replay import replay
-from stochdyn.paths.schedule import Schedule, calendar, check_window, read_schedules
+from stochdyn.paths.schedule import Schedule, calendar, check_window, on_grid, read_schedules
 from stochdyn.paths.search import search
 from stochdyn.paths.trigger import Conditions, Trigger, read_triggers
 from stochdyn.solvers import AbstractGradient, Direct, Verlet
@@ -80,7 +80,11 @@ def _most_steps(solver: AbstractODESolver) -> int:
 
 
 def read_jumps(
-    jumps: Sequence[Jump], at: tuple[Tensor, Tensor, Tensor | None], ts: Tensor, max_jumps: int
+    jumps: Sequence[Jump],
+    at: tuple[Tensor, Tensor, Tensor | None],
+    ts: Tensor,
+    max_jumps: int,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[System, torch.Size]:
     """Try triggers and schedules once.
 
@@ -89,12 +93,14 @@ def read_jumps(
         at: the first time, the start and the first row of the context.
         ts: (*batch, time).
         max_jumps: of one series.
+        dtype: in which `ts` was given: a jump at one of them in that dtype is at it.
 
     Returns:
         The system, and the joint batch.
 
     Raises:
         FieldError: if one of them is something else.
+        ShapeError: if a schedule or doses are of other series.
         PaddingError: if `max_jumps` is not positive.
 
     Example:
@@ -115,7 +121,8 @@ def read_jumps(
                 f"odeint: `jumps[{k}]` must be an sd.Trigger, an sd.Schedule or sd.Doses, got {type(jump).__name__}."
             )
         if not isinstance(jump, Trigger):
-            check_window(f"jumps[{k}]", jump.times, ts)
+            _check_series(k, jump, at[1].shape[:-1])
+            check_window(f"jumps[{k}]", on_grid(jump.times, ts, dtype), ts)
     t, z, context = at
     infusions = any(has_infusions(jump) for jump in jumps if isinstance(jump, Doses))
     width = z.shape[-1]
@@ -129,7 +136,7 @@ def read_jumps(
         for jump in jumps
     ]
     triggers = [jump for jump in given if isinstance(jump, Trigger)]
-    schedules = [jump for jump in given if isinstance(jump, Schedule)]
+    schedules = [replace(s, times=on_grid(s.times, ts, dtype)) for s in given if isinstance(s, Schedule)]
     conditions, found = read_triggers(triggers, t, z, context)
     moved, batches = read_schedules(schedules, t, z)
     shapes = {f"jump_{k}": x.shape[:-1] for k, x in enumerate(found + moved)}
@@ -138,6 +145,26 @@ def read_jumps(
     tensors = [x for s in schedules for x in (s.times, s.amounts) if x is not None]
     attached = any(x.requires_grad for x in [*found, *moved, *tensors])
     return System(conditions, tuple(schedules), max_jumps, attached, infusions), joint
+
+
+def _check_series(k: int, jump: Schedule | Doses, batch: torch.Size) -> None:
+    """Refuse jumps of another number of series than the path's."""
+    if isinstance(jump, Doses):
+        given = {"times": jump.times.shape[:-1]}
+        given |= {f"lag_{i}": x.shape for i, (_, x) in enumerate(jump.lag)}
+        given |= {f"bioavailability_{i}": x.shape for i, (_, x) in enumerate(jump.bioavailability)}
+    else:
+        given = {"times": jump.times.shape[:-1]}
+        given |= {} if jump.amounts is None else {"amounts": jump.amounts.shape[:-2]}
+    try:
+        torch.broadcast_shapes(batch, *given.values())
+    except RuntimeError as error:
+        listed = ", ".join(f"{name} {tuple(shape)}" for name, shape in given.items())
+        raise ShapeError(
+            f"odeint: `jumps[{k}]` is of other series than the path: batch shapes {listed}, the path's is "
+            f"{tuple(batch)}. Give one list for each series, or one for all; a mini-batch's doses are "
+            "doses[batch.index]."
+        ) from error
 
 
 def _check_halves(solver: AbstractODESolver) -> None:

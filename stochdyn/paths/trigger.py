@@ -105,7 +105,8 @@ class Conditions:
         for k, trigger in enumerate(self.triggers):
             mine = fired == k
             if trigger.jump_map is not None and bool(mine.any()):
-                moved = evaluate(f"jump map of trigger {k}", trigger.jump_map, t, z, context)
+                # A copy: a map that writes into its state must not reach series that do not jump, or the user's z0.
+                moved = evaluate(f"jump map of trigger {k}", trigger.jump_map, t, z.clone(), context)
                 after = torch.where(mine[..., None], moved, after)
         return after
 
@@ -169,7 +170,7 @@ def check_map(
         >>> check_map("jump map", lambda t, z: -z, torch.zeros(1), torch.ones(2), None)
         tensor([-1., -1.])
     """
-    after = call_field(name, jump_map, t, z, context)
+    after = call_field(name, jump_map, t, z.clone(), context)
     if after.shape[-1] != z.shape[-1]:
         raise FieldError(
             f"The {name} returned shape {tuple(after.shape)} for z of shape {tuple(z.shape)}, expected (..., state="

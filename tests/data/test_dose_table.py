@@ -43,6 +43,13 @@ def test_rows_with_an_amount_are_doses_where_nothing_else_is_said():
         ({"AMT": [1, 2, 0, 0, 0], "EVID": [1, 0, 0, 0, 0]}, sd.DataError, r"row 1, series 1: an observation .* AMT 2"),
         ({"AMT": ["x", 0, 0, 0, 0]}, sd.DataError, r"row 0, column AMT: 'x' is not a number"),
         ({"AMT": [1, 0, 1, 0, 0], "TIME": [1.0, 0, 0.5, 0, 0]}, sd.TimeError, r"row 2, series 1: time 0.5 comes after 1"),
+        ({"AMT": [1, 0, 0, 2, 0], "TIME": [1.0, 2, 3, math.nan, 0]}, sd.DataError, r"row 3, series 2: TIME is nan"),
+        ({"AMT": [1, 0, 0, 2, 0], "TIME": [1.0, 2, 3, ".", 0]}, sd.DataError, r"row 3, series 2: TIME is '\.'"),
+        ({"AMT": [1, 0, 0, 2, 0], "TIME": [1.0, 2, 3, math.inf, 0]}, sd.DataError, r"row 3, series 2: TIME is inf"),
+        ({"AMT": [1, 0, 0, math.nan, 0], "EVID": [1, 0, 0, 1, 0]}, sd.DataError, r"row 3, series 2: a dose \(EVID 1\) with AMT nan"),
+        ({"AMT": [1, 0, 0, 0, 0], "EVID": [1, 4, 0, 0, 0]}, sd.DataError, r"row 1, series 1: a dose \(EVID 4\) with AMT 0"),
+        ({"AMT": [1, 0, 0, 2, 0], "CMT": [1, 1, 1, 1.5, 1]}, sd.DataError, r"row 3, series 2: CMT is 1.5"),
+        ({"AMT": [1, 0, 0, 2, 0], "ADDL": [0, 0, 0, 1.7, 0], "II": [8.0] * 5}, sd.DataError, r"row 3, series 2: ADDL is 1.7"),
         ({"AMT": [1, 0, 0, 0, 0], "ADDL": [3, 0, 0, 0, 0]}, sd.TimeError, r"3 additional doses need"),
     ],
 )  # fmt: skip
@@ -59,3 +66,8 @@ def test_labels_that_are_not_there():
         sd.Doses.from_frame(frame, "ID", ids=[1])
     with pytest.raises(sd.DataError, match=r"unknown columns \['DOSE'\]"):
         sd.Doses.from_frame(frame, "ID", columns={"DOSE": "AMT"})
+
+
+def test_observations_need_no_time():
+    frame = table(AMT=[1.0, 0.0, 0.0, 2.0, 0.0], TIME=[0.0, math.nan, 2.0, 0.0, "."])
+    assert sd.Doses.from_frame(frame, "ID").amounts[:, 0].tolist() == [1.0, 2.0]

@@ -143,6 +143,53 @@ def test_mini_batches_and_the_end_of_each_series():
     assert concentration(doses.until(number(1.5)), [0.0, 1.5]).shape == (3, 2)
 
 
+def test_lags_and_fractions_go_with_their_series():
+    """Of particles and series, of one compartment, and for all series alike."""
+    plain = sd.Doses([[sd.Dose(0.0, 8.0)], [sd.Dose(1.0, 4.0)], [sd.Dose(2.0, 2.0)]])
+    lag = number([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
+    doses = plain.adjusted(lag=lag, bioavailability={1: number([0.5, 0.25, 1.0])})
+    for index in (torch.tensor([2, 0]), [2, 0], slice(None, None, 2), 1, torch.tensor([True, False, True])):
+        times, amounts, _ = doses[index].acting()
+        wanted = [x[..., [index] if isinstance(index, int) else index, :] for x in doses.acting()]
+        assert times.tolist() == wanted[0].tolist() and amounts.tolist() == wanted[1].tolist()
+    shared = sd.Doses([sd.Dose(0.0, 8.0)]).adjusted(lag=number([0.1, 0.2, 0.3]), bioavailability=number(0.5))
+    assert shared[torch.tensor([2, 0])].acting()[0][:, 0].tolist() == [0.3, 0.1]
+    assert plain.adjusted(lag=number([0.7]))[1:].acting()[0][:, 0].tolist() == [1.7, 2.7]  # one for all
+
+
+def test_adjusting_one_compartment_keeps_the_other():
+    doses = sd.Doses([sd.Dose(0.0, 1.0), sd.Dose(0.0, 1.0, 2)])
+    both = doses.adjusted(lag={1: number(0.5)}, bioavailability=number(0.9)).adjusted(lag={2: number(2.0)})
+    assert both.acting()[0].tolist() == [0.5, 2.0] and both.acting()[1].tolist() == [0.9, 0.9]
+    assert both.adjusted(lag={1: number(0.25)}).acting()[0].tolist() == [0.25, 2.0]
+    assert both.adjusted(lag=number(1.0)).acting()[0].tolist() == [1.0, 1.0]
+
+
+def test_a_dose_whose_lag_ends_after_the_path_does_not_act_on_it():
+    doses = sd.Doses([sd.Dose(0.0, 1.0), sd.Dose(1.0, 2.0)])
+    z = sd.odeint(
+        lambda t, z: 0 * z,
+        number([0.0]),
+        number([0.0, 1.5]),
+        jumps=[doses.adjusted(lag=number([[0.5], [1.0]])[:, 0])],
+    )
+    assert z[:, -1, 0].tolist() == [3.0, 1.0]
+
+
+def test_a_grid_in_float32_has_the_doses_at_its_times():
+    """.7 in float32 is below .7."""
+    ts = torch.tensor([0.0, 0.7, 1.4])
+    doses = sd.Doses([sd.Dose(0.7, 2.0), sd.Dose(1.4, 1.0)])
+    for dtype in (torch.float32, torch.float64):
+        z = sd.odeint(lambda t, z: 0 * z, torch.zeros(1, dtype=dtype), ts, jumps=[doses])
+        assert z[:, 0].tolist() == [0.0, 2.0, 3.0]
+    assert doses.given(ts, 1)[:, 0].tolist() == [0.0, 2.0, 3.0]
+    assert doses.until(ts[1]).times.tolist() == [0.7, math.inf]
+    assert sd.Doses([sd.Dose(0.0, 0.7, rate=1.0)]).rates(ts, 1)[:, 0].tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(sd.TimeError, match=r"time 1.41 is after the path"):
+        sd.odeint(lambda t, z: 0 * z, torch.zeros(1), ts, jumps=[sd.Doses([sd.Dose(1.41, 1.0)])])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -160,6 +207,9 @@ def test_mini_batches_and_the_end_of_each_series():
         (lambda: sd.Doses([sd.Dose(0.0, 1.0, "gut")]), sd.DataError, r"unknown compartment 'gut'"),
         (lambda: sd.Doses([sd.Dose(0.0, 1.0, 3)], compartments=["gut", "blood"]), sd.DataError, r"unknown compartment 3"),
         (lambda: sd.Doses([sd.Dose(0.0, 1.0)]).adjusted(lag={"gut": number(1.0)}), sd.DataError, r"lag: unknown compartment"),
+        (lambda: sd.Doses([sd.Dose(0.0, 1.0)]).adjusted(lag=number([0.1, math.nan])), sd.DataError, r"series 1: lag is nan"),
+        (lambda: sd.Doses([sd.Dose(0.0, 1.0)]).adjusted(lag={1: number(-0.5)}), sd.DataError, r"series 0: lag of compartment 1 is -0.5"),
+        (lambda: sd.Doses([sd.Dose(0.0, 1.0)]).adjusted(bioavailability=number(-1.0)), sd.DataError, r"bioavailability is -1"),
         (lambda: sd.Doses([["no"]]), sd.DataError, r"expected an sd.Dose, got str"),
         (lambda: sd.Doses([[]], ids=[1, 2]), sd.ShapeError, r"1 lists of doses and 2 ids"),
         (lambda: concentration(sd.Doses([sd.Dose(0.0, 1.0, 3)]), [0.0, 1.0]), sd.DataError, r"dose 0: compartment 3 of a state with 2"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.paths.schedule import check_window
+from stochdyn.paths.schedule import check_window, on_grid
 from tests.hybrids import number
 
 
@@ -65,9 +65,26 @@ def test_with_a_trigger_beside_it():
             sd.TimeError,
             r"series 1, jump 1: time 0.5 is not at or after",
         ),
-        (number([0.0, torch.nan]), None, sd.TimeError, r"series \(\), jump 1: time nan"),
+        (number([0.0, torch.nan]), None, sd.TimeError, r"series 0, jump 1: time nan"),
         ([0.0], None, sd.ShapeError, r"`times` must be a floating tensor"),
-        (number([0.0, 1.0]), number([1.0]), sd.ShapeError, r"`amounts` must have shape"),
+        (
+            number([0.0, 1.0]),
+            [[1.0], [2.0]],
+            sd.ShapeError,
+            r"`amounts` must be a floating tensor .*, got list",
+        ),
+        (
+            number([[0.0, 1.0]] * 2),
+            number([[[1.0], [2.0]]] * 3),
+            sd.ShapeError,
+            r"schedule_times \(2,\), schedule_amounts \(3,\)",
+        ),
+        (
+            number([0.0, 1.0]),
+            number([1.0]),
+            sd.ShapeError,
+            r"`amounts` must be a floating tensor .*amount\), got \(1,\)",
+        ),
     ],
 )
 def test_faults_have_names(times, amounts, error, message):
@@ -93,3 +110,45 @@ def test_a_map_of_another_shape_is_refused():
             number([0.0, 2.0]),
             jumps=[sd.Schedule(number([1.0]), lambda t, z: number([1.0] * 3))],
         )
+
+
+def test_maps_that_write_into_their_state_reach_no_other_series():
+    def clear(t, z):
+        z[..., 0] = 0.0
+        return z
+
+    start = number([[1.0], [2.0]])
+    at = sd.Schedule(number([[0.5], [torch.inf]]), clear)
+    z = sd.odeint(lambda t, z: torch.ones_like(z), start, number([0.0, 1.0]), jumps=[at])
+    assert (z[..., 0] - number([[1.0, 0.5], [2.0, 3.0]])).abs().max() < 1e-9 and start[:, 0].tolist() == [
+        1.0,
+        2.0,
+    ]
+
+
+def test_a_map_that_returns_nan_is_named():
+    fine, bad = sd.Schedule(number([0.2]), lambda t, z: z), sd.Schedule(number([0.5]), lambda t, z: z / 0)
+    with pytest.raises(
+        sd.DivergedError, match=r"series 0, time 0\.5, schedule 1: the jump map returned \[nan, inf\]"
+    ):
+        sd.odeint(lambda t, z: 0 * z, number([0.0, 1.0]), number([0.0, 1.0]), jumps=[fine, bad])
+
+
+def test_a_single_path_is_series_0():
+    with pytest.raises(sd.TimeError, match=r"jumps\[0\]: series 0, jump 0: time 3 is after the path"):
+        sd.odeint(
+            lambda t, z: z,
+            number([1.0]),
+            number([0.0, 2.0]),
+            jumps=[sd.Schedule(number([3.0]), lambda t, z: z)],
+        )
+
+
+def test_times_off_a_coarse_grid_stay_and_gradients_pass():
+    times = number([0.3, 0.7, 0.7000001, torch.inf]).requires_grad_()
+    ts = torch.tensor([[0.0, 0.7], [0.3, 0.9]])
+    moved = on_grid(times, ts.double(), ts.dtype)
+    assert moved[0].tolist() == [0.3, ts[0, 1].item(), 0.7000001, torch.inf]
+    assert moved[1].tolist() == [ts[1, 0].item(), 0.7, 0.7000001, torch.inf]
+    assert torch.autograd.grad(moved[0, :3].sum(), times)[0].tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert on_grid(times, ts.double(), torch.float64) is times

@@ -75,3 +75,24 @@ def test_infusions_beside_triggers_and_schedules():
     assert (jumps.times - 2.5).abs().max() < 1e-9
     with pytest.raises(sd.FieldError, match="which Verlet does not see"):
         sd.odeint(ball(GRAVITY), number([0.0, 1.0]), number([0.0, 5.0]), jumps=[pump], solver=sd.Verlet())
+
+
+@pytest.mark.parametrize(
+    ("jump", "message"),
+    [
+        (sd.Doses([[sd.Dose(0.0, 1.0)]] * 3), r"times \(3,\), the path's is \(2,\).*doses\[batch.index\]"),
+        (
+            sd.Doses([sd.Dose(0.0, 1.0)]).adjusted(lag=number([0.1] * 3)),
+            r"times \(\), lag_0 \(3,\), the path's",
+        ),
+        (
+            sd.Schedule(number([0.5]), lambda t, z, a: z + a, number([[[1.0]]] * 3)),
+            r"times \(\), amounts \(3,\), the path's",
+        ),
+    ],
+)
+def test_jumps_of_other_series_are_refused(jump, message):
+    with pytest.raises(
+        sd.ShapeError, match=r"`jumps\[0\]` is of other series than the path: batch shapes " + message
+    ):
+        sd.odeint(lambda t, z: z, number([[1.0], [2.0]]), number([0.0, 2.0]), jumps=[jump])

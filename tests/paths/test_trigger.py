@@ -55,3 +55,30 @@ def test_slopes_along_the_flow():
     wanted = (z[:, 0] * z[:, 1]).cos() * (f[:, 0] * z[:, 1] + f[:, 1] * z[:, 0]) + 2 * t[:, 0]
     assert (slope - wanted).abs().max() < 1e-12 and slope.requires_grad
     assert slope_along(lambda t, z: torch.ones(4), t, z, f)[1].tolist() == [0.0] * 4
+
+
+def test_maps_that_write_into_their_state_reach_no_other_series():
+    """A ramp to 1 that is set to 0: the second series starts too low to get there, and z0 is the user's."""
+
+    def clear(t, z):
+        z[..., 0] = 0.0
+        return z
+
+    up = sd.Trigger(lambda t, z: z[..., 0] - 1.0, clear, 1)
+    start = torch.tensor([[0.5], [-5.0]], dtype=torch.float64)
+    ts = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    z = sd.odeint(lambda t, z: torch.ones_like(z), start, ts, jumps=[up])
+    assert (z[:, -1, 0] - torch.tensor([0.5, -4.0])).abs().max() < 1e-9
+    assert start[:, 0].tolist() == [0.5, -5.0] and (z[:, 0, 0] == start[:, 0]).all()
+
+
+@pytest.mark.parametrize("solver", [sd.Dopri5(), sd.RungeKutta4(4)])
+def test_a_map_that_returns_nan_is_named(solver):
+    far = sd.Trigger(lambda t, z: z[..., 0] - 9.0, lambda t, z: z)
+    bad = sd.Trigger(lambda t, z: z[..., 0] - 1.0, lambda t, z: (1 - 2 * z).sqrt(), 1)
+    start, ts = torch.tensor([[-5.0], [0.5]], dtype=torch.float64), torch.tensor([0.0, 1.0])
+    with pytest.raises(
+        sd.DivergedError,
+        match=r"series 1, time 0\.5, trigger 1: the jump map returned \[nan\] for the state \[1\.0\]",
+    ):
+        sd.odeint(lambda t, z: torch.ones_like(z), start, ts, jumps=[far, bad], solver=solver)
