@@ -325,9 +325,8 @@ class JumpSteps:
         """log P(n jumps, new state | old state) for n = 0, 1, ...: (count, time, *batch)."""
         size, x = self.path.jumps.size, self.after - self.a
         shape, terms = self.a.shape[:-1], []
-        for n in range(self.path.counts(self.rate) + 1):
-            density = size.log_density(n, x, self.scale).sum(-1)
-            terms.append((log_poisson(n, self.rate)[..., 0] + density).expand(shape))
+        for n, density in enumerate(size.log_densities(self.path.counts(self.rate), x, self.scale)):
+            terms.append((log_poisson(n, self.rate)[..., 0] + density.sum(-1)).expand(shape))
         return torch.stack(terms)
 
     def posterior(self) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,10 @@ class AbstractJumpSize(ABC):
     def log_density(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
         """The log density at x (..., state) of the sum of `count` jumps and normal noise of this scale, per state."""
 
+    def log_densities(self, most: int, x: Tensor, scale: Tensor) -> list[Tensor]:
+        """`log_density` for 0, ..., most jumps."""
+        return [self.log_density(n, x, scale) for n in range(most + 1)]
+
     @abstractmethod
     def expected(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
         """The mean of the sum of `count` jumps, given that with the noise it is x."""
@@ -149,17 +153,20 @@ class DoubleExponentialJump(AbstractJumpSize):
         return 2 * up / self.rate_up**2 + 2 * (1 - up) / self.rate_down**2 - self.mean**2
 
     def log_density(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
-        if count == 0:
-            return _log_normal(x, scale.square())
-        return torch.logsumexp(self._terms(count, x, scale), -1)
+        return self.log_densities(count, x, scale)[count]
 
-    def _terms(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
-        """Log densities of the Erlang components, up then down, (..., 2 count)."""
-        ups, downs = _erlang_weights(count, torch.as_tensor(self.up), self.rate_up, self.rate_down)
-        rises = _log_normal_plus_erlang(count, x, scale, torch.as_tensor(self.rate_up))
-        falls = _log_normal_plus_erlang(count, -x, scale, torch.as_tensor(self.rate_down))
+    def log_densities(self, most: int, x: Tensor, scale: Tensor) -> list[Tensor]:
+        found = [_log_normal(x, scale.square())]
+        if most == 0:
+            return found
+        rises = _log_normal_plus_erlang(most, x, scale, torch.as_tensor(self.rate_up))
+        falls = _log_normal_plus_erlang(most, -x, scale, torch.as_tensor(self.rate_down))
         least = torch.finfo(x.dtype).tiny
-        return torch.cat([_log(ups.to(x), least) + rises, _log(downs.to(x), least) + falls], -1)
+        for n in range(1, most + 1):
+            ups, downs = _erlang_weights(n, torch.as_tensor(self.up), self.rate_up, self.rate_down)
+            up, down = _log(ups.to(x), least) + rises[..., :n], _log(downs.to(x), least) + falls[..., :n]
+            found.append(torch.logsumexp(torch.cat([up, down], -1), -1))
+        return found
 
     def expected(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
         """By Tweedie's formula: the noise's mean is -scale^2 times the slope of the log density."""
@@ -270,7 +277,7 @@ def _one_side(n: int, p: Tensor, share: Tensor) -> Tensor:
 def _log_normal_plus_erlang(count: int, x: Tensor, scale: Tensor, rate: Tensor) -> Tensor:
     """Log densities at x of normal noise plus k exponentials of a rate, for k = 1, ..., count: (..., count)."""
     s = scale * rate
-    tails = log_normal_integrals(count - 1, s - x / scale)
+    tails = log_normal_integrals(count - 1, (s - x / scale).double()).to(x.dtype)
     k = torch.arange(1, count + 1, dtype=x.dtype, device=x.device)
     front = 0.5 * s.square() - x * rate - scale.log() - _HALF_LOG_2PI
     return front[..., None] + k * s.log()[..., None] + tails
@@ -289,6 +296,26 @@ def log_normal_integrals(order: int, x: Tensor) -> Tensor:
         >>> log_normal_integrals(1, torch.zeros(1, dtype=torch.float64)).exp()
         tensor([[1.2533, 1.0000]], dtype=torch.float64)
     """
+    return _LogIntegrals.apply(order, x)  # pyright: ignore[reportReturnType]
+
+
+class _LogIntegrals(torch.autograd.Function):
+    """With d log Hh_k / dx = -Hh_(k-1) / Hh_k, so that a gradient does not keep the recurrences."""
+
+    @staticmethod
+    def forward(ctx: Any, order: int, x: Tensor) -> Tensor:
+        found = _log_integrals(order, x)
+        ctx.save_for_backward(x, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, found = ctx.saved_tensors
+        before = torch.cat([(-0.5 * x.square())[..., None], found[..., :-1]], -1)
+        return None, -(grads[0] * (before - found).exp()).sum(-1)
+
+
+def _log_integrals(order: int, x: Tensor) -> Tensor:
     small = x.clamp(max=1.0)
     below, now = torch.exp(-0.5 * small.square()), math.sqrt(2 * math.pi) * torch.special.ndtr(-small)
     up = [now]

@@ -121,3 +121,15 @@ def test_jumps_to_one_side_have_a_finite_gradient(up):
     size = sd.DoubleExponentialJump(share, number(2.0), number(1.0))
     (slope,) = torch.autograd.grad(size.log_density(2, number([0.5]), number(0.3)).sum(), share)
     assert torch.isfinite(slope)
+
+
+def test_single_precision_and_many_jumps():
+    """All finite, values and gradients, far from the middle too; near double precision."""
+    x = torch.linspace(-2, 2, 81)[:, None].requires_grad_()
+    size = sd.DoubleExponentialJump(0.4, 10.0, 5.0)
+    for count in (1, 12, 20):
+        value = size.log_density(count, x, torch.tensor(0.01))
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        exact = size.log_density(count, x.detach().double(), number(0.01))
+        assert torch.isfinite(value).all() and torch.isfinite(slope).all()
+        assert ((value - exact).abs() / (1 + exact.abs())).max() < 1e-3
