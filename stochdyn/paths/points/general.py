@@ -12,7 +12,7 @@ from stochdyn.errors import FieldError
 from stochdyn.paths.points.base import AbstractPointProcess, State, joint, window
 from stochdyn.paths.points.marks import Law, draw_marks, mark_dim, mark_log_prob
 from stochdyn.paths.points.occurrences import Occurrences
-from stochdyn.paths.points.quadrature import integrate
+from stochdyn.paths.points.quadrature import POINTS, integrate
 from stochdyn.paths.points.simulate import AbstractSampler, Thinning
 
 # Numbers that one vectorised call of an intensity may hold.
@@ -96,8 +96,9 @@ class _Past:
 class PointProcess(AbstractPointProcess):
     """The point process with a given conditional intensity, and given marks; the integral by quadrature.
 
-    The integral is found between every two jumps to 1e-9, so kernels should be smooth. The cost is quadratic in the
-    number of jumps; `Hawkes` and its kin are linear.
+    The integral is found between every two jumps to 1e-9, so kernels should be smooth. A pulse far narrower than its
+    gap can escape, unless it comes right after a jump. The cost is quadratic in the number of jumps; `Hawkes` and its
+    kin are linear.
 
     Args:
         intensity: `(t, history[, context])` -> shape of t, positive: jumps per unit of time, of all marks together. t
@@ -223,7 +224,7 @@ class PointProcess(AbstractPointProcess):
         return self._call(self.field, state.at(t))
 
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
-        points = 15 * max(len(state.jumps.times), 1) * max(a[0].numel(), 1)
+        points = POINTS * max(len(state.jumps.times), 1) * max(a[0].numel(), 1)
         chunk = max(1, _MEMORY // points)
         return integrate(
             lambda row, t: self._rate(state.take(row), t), a, b, tolerance=self.tolerance, chunk=chunk

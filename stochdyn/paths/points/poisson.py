@@ -18,7 +18,7 @@ class PoissonProcess(AbstractPointProcess):
     """A Poisson process: log p = sum log lambda(t_i) - integral of lambda over the window.
 
     With a number the integral is closed; with `slope` too (log-linear). For any other intensity it is found by
-    quadrature to 1e-9, from each jump to the next.
+    quadrature to 1e-9, from each jump to the next; a pulse of less than a hundredth of the gap can escape.
 
     Args:
         intensity: jumps per unit of time: a number, (*batch,), or a callable `(t[, context])` -> shape of t, positive.

@@ -43,6 +43,9 @@ _GAUSS = (
 )
 # A step inside a gap needs about 33 halvings, a kink 13; a pole or noise more panels than this.
 _DEPTH, _PANELS = 40, 20_000
+# The ends of the first panels of every gap: what a jump sets off may be over soon after it.
+_CUTS = (0.0, 2.0**-14, 2.0**-7, 0.25, 0.5, 0.75, 1.0)
+POINTS = 15 * (len(_CUTS) - 1)
 
 # Of rows (row,) and times (row, *batch), whose rows lie in the gaps of the same numbers.
 Integrand = Callable[[Tensor, Tensor], Tensor]
@@ -51,7 +54,10 @@ Integrand = Callable[[Tensor, Tensor], Tensor]
 def integrate(
     f: Integrand, a: Tensor, b: Tensor, *, tolerance: float = 1e-9, chunk: int | None = None
 ) -> Tensor:
-    """The integral of f over [a_k, b_k] for every k, by Gauss and Kronrod's rule; rows that need it are halved.
+    """The integral of f over [a_k, b_k] for every k, by Gauss and Kronrod's rule; panels that need it are halved.
+
+    The first panels get finer towards a_k. What none of their points sees is missed: a pulse narrower than a hundredth
+    of the gap, far from its start.
 
     Args:
         f: `(row, t)` -> (point, *batch): `row` (point,) says in which interval each row of t (point, *batch) lies.
@@ -75,8 +81,12 @@ def integrate(
     """
     rows = torch.arange(len(a), device=a.device)
     total = torch.zeros_like(a)
+    panels = len(_CUTS) - 1
     for part in rows.split(chunk or max(len(rows), 1)):
-        total = total.index_add(0, part, _adaptive(f, part, a[part], b[part], tolerance))
+        ends = torch.stack([a[part] + cut * (b - a)[part] for cut in _CUTS[:-1]] + [b[part]])
+        wide = part.repeat(panels)
+        found = _adaptive(f, wide, ends[:-1].flatten(0, 1), ends[1:].flatten(0, 1), tolerance)
+        total = total.index_add(0, part, found.unflatten(0, (panels, len(part))).sum(0))
     return total
 
 

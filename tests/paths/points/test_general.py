@@ -132,7 +132,7 @@ def test_faults():
         sd.PointProcess(2.0, 0.0, 1.0)
     with pytest.raises(sd.FieldError, match="failed on t"):
         sd.PointProcess(lambda t: t, 0.0, 1.0)
-    with pytest.raises(sd.FieldError, match="the intensity is -1"):
+    with pytest.raises(sd.FieldError, match="the intensity is -2 at time"):
         sd.PointProcess(lambda t, h: t - 2, 0.0, 1.0).log_prob(torch.tensor([[0.5]]))
     pole = sd.PointProcess(lambda t, h: (t - 1).abs().clamp_min(1e-12) ** -0.9, 0.0, END)
     with pytest.raises(sd.FieldError, match="near time 1"):
