@@ -117,6 +117,14 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
     def _rate(self, state: State, t: Tensor) -> Tensor:
         """The intensity at t (row, *batch), until the next jump."""
 
+    def _log_rate(self, state: State, jumps: Occurrences) -> Tensor:
+        """(jump, *batch) its logarithm at the jumps, anything in unused rows."""
+        rate = self._rate(state, jumps.times).expand(jumps.times.shape)
+        if self._validate_args:
+            self._check_rate(rate, jumps)
+        # In an unused row a rate of 0 would make the gradient NaN.
+        return torch.where(jumps.real, rate, torch.ones_like(rate)).log()
+
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
         """The integral of the intensity from a to b (row, *batch), no jump between them."""
         return integrate(lambda row, t: self._rate(state.take(row), t), a, b, tolerance=self.tolerance)
@@ -141,11 +149,10 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
 
     def _log_density(self, state: State, jumps: Occurrences) -> Tensor:
         """(jump, *batch) the log intensity of a jump with its mark, 0 in unused rows."""
-        rate = self._rate(state, jumps.times).expand(jumps.times.shape)
+        log_rate = self._log_rate(state, jumps).expand(jumps.times.shape)
         if self._validate_args:
-            self._check_rate(rate, jumps)
-        # In an unused row a rate of 0 would make the gradient NaN.
-        out = torch.where(jumps.real, rate, torch.ones_like(rate)).log()
+            self._check_rate(log_rate.detach().exp(), jumps)
+        out = torch.where(jumps.real, log_rate, torch.zeros_like(log_rate))
         return out if self.marks is None else out + mark_log_prob(self.marks, jumps.marks, jumps.real)
 
     def _draw_mark(self, state: State, t: Tensor) -> Tensor:

@@ -107,14 +107,20 @@ class PoissonProcess(AbstractPointProcess):
             return _call(self.rate, t, self.context)
         if self.slope is None:
             return self.rate.expand(t.shape)
-        return self.rate * (self.slope * (t - self.t0.to(t))).exp()
+        return self._log_line(t).exp()
+
+    def _log_rate(self, state: State, jumps: Occurrences) -> Tensor:
+        return super()._log_rate(state, jumps) if self.slope is None else self._log_line(jumps.times)
+
+    def _log_line(self, t: Tensor) -> Tensor:
+        return self.rate.log() + self.slope * (t - self.t0.to(t))
 
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
         if callable(self.rate):
             return integrate(lambda row, t: self._rate(state, t), a, b, tolerance=self.tolerance)
         if self.slope is None:
             return self.rate * (b - a)
-        return self._rate(state, a) * growth(self.slope, b - a)
+        return growth(self._log_line(a), self.slope, b - a)
 
     def _bound(self, state: State, now: Tensor, end: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.bound is not None:
@@ -124,17 +130,20 @@ class PoissonProcess(AbstractPointProcess):
         return torch.maximum(self._rate(state, now), self._rate(state, end)), end
 
 
-def growth(rate: Tensor, length: Tensor) -> Tensor:
-    """The integral of exp(rate s) over s from 0 to length; right also where the rate is 0.
+def growth(start: Tensor, rate: Tensor, length: Tensor) -> Tensor:
+    """The integral of exp(start + rate s) over s from 0 to length; right also where the rate is 0.
 
     Example:
-        >>> growth(torch.tensor([0.0, 1.0]), torch.tensor(1.0))
+        >>> growth(torch.zeros(2), torch.tensor([0.0, 1.0]), torch.tensor(1.0))
         tensor([1.0000, 1.7183])
     """
+    # From the higher end down, so that no factor overflows where the other underflows.
     x = rate * length
-    small = x.abs() < 1e-5
-    safe = torch.where(small, torch.ones_like(x), x)
-    return length * torch.where(small, 1 + x / 2 + x.square() / 6, torch.expm1(safe) / safe)
+    fall = -x.abs()
+    small = fall > -1e-5
+    safe = torch.where(small, -torch.ones_like(x), fall)
+    mean = torch.where(small, 1 + fall / 2 + fall.square() / 6, torch.expm1(safe) / safe)
+    return length * torch.maximum(start, start + x).exp() * mean
 
 
 def _call(intensity: Callable[..., Tensor], t: Tensor, context: Tensor | None) -> Tensor:
