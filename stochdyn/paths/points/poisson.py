@@ -10,6 +10,7 @@ from stochdyn.errors import FieldError, ShapeError
 from stochdyn.paths.points.base import AbstractPointProcess, Rows, State, joint, number, parameter, window
 from stochdyn.paths.points.marks import Law
 from stochdyn.paths.points.occurrences import Occurrences
+from stochdyn.paths.points.precision import at_least, first_that_works
 from stochdyn.paths.points.quadrature import integrate
 from stochdyn.paths.points.simulate import AbstractSampler, Thinning
 
@@ -72,7 +73,7 @@ class PoissonProcess(AbstractPointProcess):
                 raise FieldError(
                     "PoissonProcess: `slope` goes with a number. Write it into the callable intensity."
                 )
-            batch = _probe(intensity, window(t0, t1), context)
+            self.dtype, batch = _probe(intensity, window(t0, t1), context)
         else:
             intensity = parameter(
                 "intensity", intensity, positive=True, owner="PoissonProcess", validate=check
@@ -104,7 +105,7 @@ class PoissonProcess(AbstractPointProcess):
 
     def _rate(self, state: State, t: Tensor) -> Tensor:
         if callable(self.rate):
-            return _call(self.rate, t, self.context)
+            return at_least(_call(self.rate, t.to(self.dtype), self.context), t)
         if self.slope is None:
             return self.rate.expand(t.shape)
         return self._log_line(t).exp()
@@ -117,7 +118,12 @@ class PoissonProcess(AbstractPointProcess):
 
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
         if callable(self.rate):
-            return integrate(lambda row, t: self._rate(state, t), a, b, tolerance=self.tolerance)
+            return integrate(
+                lambda row, t: _call(self.rate, t.to(self.dtype), self.context),
+                a,
+                b,
+                tolerance=self.tolerance,
+            )
         if self.slope is None:
             return self.rate * (b - a)
         return growth(self._log_line(a), self.slope, b - a)
@@ -154,14 +160,14 @@ def _call(intensity: Callable[..., Tensor], t: Tensor, context: Tensor | None) -
 
 def _probe(
     intensity: Callable[..., Tensor], ends: tuple[Tensor, Tensor], context: Tensor | None
-) -> torch.Size:
-    """The batch shape of what the intensity closes over."""
+) -> tuple[torch.dtype, torch.Size]:
+    """The dtype it can be called in, and the batch shape of what the intensity closes over."""
     own = () if context is None else context.shape[:-1]
     t = ends[0].expand(joint("PoissonProcess", ends[0].shape, ends[1].shape, own))
-    t = t if context is None else t.to(context)
+    t = t if context is None else t.to(context.device)
     try:
-        out = _call(intensity, t, context)
-    except (RuntimeError, TypeError, IndexError) as error:
+        dtype, out = first_that_works(context, lambda dtype: _call(intensity, t.to(dtype), context))
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise FieldError(
             f"The intensity failed on t of shape {tuple(t.shape)}: {error}. It is called as (t[, context]) with t of "
             "shape (time, *batch), here without times; a parameter of batch shape broadcasts as it is."
@@ -169,7 +175,7 @@ def _probe(
     if not isinstance(out, Tensor):
         raise FieldError(f"The intensity must return a tensor of t's shape, got {type(out).__name__}.")
     try:
-        return torch.broadcast_shapes(out.shape, t.shape)
+        return dtype, torch.broadcast_shapes(out.shape, t.shape)
     except RuntimeError as error:
         raise ShapeError(
             f"The intensity returned shape {tuple(out.shape)} for t of shape {tuple(t.shape)}. One number per time."

@@ -119,10 +119,10 @@ def _adaptive(f: Integrand, rows: Tensor, a: Tensor, b: Tensor, tolerance: float
     first, total = rows, torch.zeros_like(a)
     where = torch.arange(len(rows), device=a.device)
     for depth in range(_DEPTH + 1):
-        fine, error = _panel(f, rows, a, b)
+        fine, error, grain = _panel(f, rows, a, b)
         allowed = 0.1 * tolerance * (fine.detach().abs() + 1)
         # Rounding bounds what halving can gain.
-        floor = 50 * torch.finfo(fine.dtype).eps * fine.detach().abs()
+        floor = 50 * grain * fine.detach().abs()
         bad = error > torch.maximum(allowed, floor)
         again = bad.reshape(len(error), -1).any(1)
         total = total.to(fine).index_add(0, where[~again], fine[~again])
@@ -142,8 +142,8 @@ def _adaptive(f: Integrand, rows: Tensor, a: Tensor, b: Tensor, tolerance: float
     )
 
 
-def _panel(f: Integrand, rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The integral over each panel and an estimate of its error, (panel, *batch)."""
+def _panel(f: Integrand, rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The integral over each panel and an estimate of its error, (panel, *batch); the precision of f."""
     half = [[-x for x in _NODES], list(reversed(_NODES[:-1]))]
     nodes = a.new_tensor(half[0] + half[1])
     kronrod = a.new_tensor([*_KRONROD, *reversed(_KRONROD[:-1])])
@@ -152,7 +152,9 @@ def _panel(f: Integrand, rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Te
     lift = (-1, *[1] * a.dim())
     ts = (centre + nodes.reshape(lift) * reach).flatten(0, 1)
     values = f(rows.repeat(len(nodes)), ts)
-    values = values.expand(ts.shape).unflatten(0, (len(nodes), len(rows)))
+    grain = max(torch.finfo(values.dtype).eps, torch.finfo(ts.dtype).eps)
+    values = values.to(torch.promote_types(values.dtype, ts.dtype)).expand(ts.shape)
+    values = values.unflatten(0, (len(nodes), len(rows)))
     good = torch.isfinite(values) & (values >= 0)
     if not bool(good.all()):
         bad = (~good).nonzero()[0].tolist()
@@ -170,4 +172,4 @@ def _panel(f: Integrand, rows: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Te
         mean = torch.where(reach == 0, reach, fine / (2 * reach))
         spread = torch.tensordot(kronrod.to(values), (values - mean).abs(), 1) * reach.abs()
         scaled = spread * torch.clamp((200 * difference / spread.clamp_min(tiny)) ** 1.5, max=1.0)
-    return fine, torch.where(spread > 0, scaled, difference)
+    return fine, torch.where(spread > 0, scaled, difference), grain

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pyro.distributions as dist
@@ -125,6 +126,30 @@ def test_both_samplers_draw_the_same_law():
     free = mean_count(sd.PoissonProcess(math.log1p(math.e), 0.0, 10.0).sample((250,)))
     assert abs(float(free.mean() - b.mean())) > 4 * error
     assert not sd.time_rescaling(sd.PointProcess(inhibited, 0.0, 10.0), inverted).rejects()
+
+
+@pytest.mark.parametrize("given", [None, torch.float32])
+def test_networks_in_single_precision(given):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1), torch.nn.Softplus()
+    )
+    twin = copy.deepcopy(net).double()
+    context = None if given is None else torch.zeros(1, dtype=given)
+
+    def field(net):
+        return lambda t, h, *c: net(torch.stack([t, h.count], -1))[..., 0]
+
+    process = sd.PointProcess(field(net), 0.0, END, context=context)
+    expected = sd.PointProcess(field(twin), 0.0, END).log_prob(value())
+    found = process.log_prob(value())
+    assert found.dtype == torch.float64 and float(found.detach()) == pytest.approx(
+        float(expected.detach()), abs=1e-4
+    )
+    found.backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert process.sample((2,)).dtype == torch.float64
+    assert process.intensity([0.5], value()).dtype == torch.float64
 
 
 def test_faults():

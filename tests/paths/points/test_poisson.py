@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pyro.distributions as dist
@@ -108,6 +109,22 @@ def test_faults(make, error, message):
         make()
 
 
+@pytest.mark.parametrize("given", [None, torch.float32])
+def test_networks_in_single_precision(given):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1), torch.nn.Softplus()
+    )
+    twin = copy.deepcopy(net).double()
+    context = None if given is None else torch.zeros(3, 1, dtype=given)
+    process = sd.PoissonProcess(lambda t, *c: net(t[..., None])[..., 0], 0.0, END, context=context)
+    expected = sd.PoissonProcess(lambda t: twin(t[..., None])[..., 0], 0.0, END).log_prob(value())
+    found = process.log_prob(value())
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected.expand(found.shape), atol=1e-4)
+    assert process.sample((2,)).dtype == torch.float64
+
+
 @pytest.mark.parametrize("slope", [-2.0, 2.0])
 def test_single_precision_far_from_where_the_rate_is_one(slope):
     rate = torch.tensor(1.0 if slope < 0 else 1e-37, requires_grad=True)
@@ -124,6 +141,8 @@ def test_single_precision_far_from_where_the_rate_is_one(slope):
 def test_growth_near_zero():
     rate = torch.tensor([-1e-3, -1e-9, 0.0, 1e-9, 1e-3, 2.0], dtype=torch.float64).requires_grad_()
     length, zero = torch.tensor(3.0, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
-    assert torch.allclose(growth(zero, rate, length)[[0, 4, 5]], ((3 * rate).expm1() / rate)[[0, 4, 5]], atol=1e-12)
+    assert torch.allclose(
+        growth(zero, rate, length)[[0, 4, 5]], ((3 * rate).expm1() / rate)[[0, 4, 5]], atol=1e-12
+    )
     (grad,) = torch.autograd.grad(growth(zero, rate, length).sum(), rate)
     assert torch.allclose(grad[1:4], torch.full((3,), 4.5).double(), atol=1e-6)
