@@ -15,6 +15,7 @@ from stochdyn.paths.points.occurrences import Occurrences
 from stochdyn.paths.points.precision import at_least, first_that_works
 from stochdyn.paths.points.quadrature import POINTS, integrate
 from stochdyn.paths.points.simulate import AbstractSampler, Thinning
+from stochdyn.paths.points.support import check_marks
 
 # Numbers that one vectorised call of an intensity may hold.
 _MEMORY = 4_000_000
@@ -205,7 +206,12 @@ class PointProcess(AbstractPointProcess):
         return mark_dim(self._first_law)
 
     def _mark_support(self) -> constraints.Constraint | None:
-        return None if self._first_law is None else self._first_law.support
+        support = None if self._first_law is None else self._first_law.support
+        if self.mark_field is None or support is None or constraints.is_dependent(support):
+            return support
+        # Bounds of a law that is called anew for every jump are checked with it.
+        probe = torch.zeros([1] * support.event_dim)
+        return None if support.check(probe).dim() else support
 
     def _states(self, jumps: Occurrences) -> State:
         number = torch.arange(len(jumps.times) + 1, device=jumps.times.device)
@@ -257,6 +263,8 @@ class PointProcess(AbstractPointProcess):
         if self.mark_field is None:
             return out
         law = self._call(self.mark_field, state.at(jumps.times))
+        if self._validate_args and not constraints.is_dependent(law.support):
+            check_marks(law.support, jumps)
         return out + mark_log_prob(law, jumps.marks, jumps.real)
 
     def _draw_mark(self, state: State, t: Tensor) -> Tensor:
