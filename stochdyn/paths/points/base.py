@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn.data import Jumps
-from stochdyn.errors import FieldError, ShapeError, TimeError
+from stochdyn.errors import BoundError, FieldError, ShapeError, TimeError
 from stochdyn.paths.points.marks import Law, draw_marks, mark_dim, mark_log_prob
 from stochdyn.paths.points.occurrences import Occurrences
 from stochdyn.paths.points.quadrature import integrate
@@ -66,7 +66,7 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
         batch_shape: of the parameters.
         t0, t1: the window, numbers or (*batch,).
         marks: the law of the marks where it is not of the subclass's making.
-        max_jumps: rows of samples; None pads to the longest of a draw. Densities take any number of rows.
+        max_jumps: rows of samples; None pads to the longest of a draw, of 20,000 at most. Densities take any number.
         sampler: `Thinning()` or `Inversion()`.
         device: of the parameters, to which the window goes; None leaves it where it is.
 
@@ -79,6 +79,7 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     has_rsample = False
     tolerance = 1e-9
+    bound: Any = None
 
     def __init__(
         self,
@@ -350,3 +351,22 @@ def parameter(name: str, value: Any, *, positive: bool, owner: str, validate: bo
             "LogNormal prior or exp."
         )
     return tensor
+
+
+def upper_bound(value: Any, owner: str) -> Tensor:
+    """A given bound of the intensity as a tensor.
+
+    Raises:
+        BoundError: if it is not finite and positive.
+
+    Example:
+        >>> upper_bound(2.0, "PoissonProcess")
+        tensor(2., dtype=torch.float64)
+    """
+    bound = number(value)
+    if not bool((torch.isfinite(bound) & (bound > 0)).all()):
+        raise BoundError(
+            f"{owner}: `bound` must be finite and positive, got {value}. Give one above the intensity, or leave it out "
+            "and sample by sd.Inversion()."
+        )
+    return bound

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn.errors import FieldError
-from stochdyn.paths.points.base import AbstractPointProcess, State, joint, window
+from stochdyn.paths.points.base import AbstractPointProcess, State, joint, upper_bound, window
 from stochdyn.paths.points.marks import Law, draw_marks, mark_dim, mark_log_prob
 from stochdyn.paths.points.occurrences import Occurrences
 from stochdyn.paths.points.precision import at_least, first_that_works
@@ -160,7 +160,9 @@ class PointProcess(AbstractPointProcess):
                 f"PointProcess: `intensity` must be callable as (t, history[, context]), got "
                 f"{type(intensity).__name__}. A constant one is sd.PoissonProcess."
             )
-        self.field, self.context, self.bound = intensity, context, bound
+        self.field, self.context = intensity, context
+        fixed_bound = bound is not None and not callable(bound)
+        self.bound = upper_bound(bound, "PointProcess") if fixed_bound else bound
         self.tolerance = tolerance
         self.mark_field = None if marks is None or hasattr(marks, "log_prob") else marks
         ends = window(t0, t1)
@@ -256,7 +258,7 @@ class PointProcess(AbstractPointProcess):
             return None
         if callable(self.bound):
             return self._call(self.bound, state.at(now)), end
-        return torch.as_tensor(self.bound).to(now), end
+        return self.bound.to(now), end
 
     def _log_density(self, state: State, jumps: Occurrences) -> Tensor:
         out = super()._log_density(state, jumps)

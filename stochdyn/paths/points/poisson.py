@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import FieldError, ShapeError
-from stochdyn.paths.points.base import AbstractPointProcess, Rows, State, joint, number, parameter, window
+from stochdyn.paths.points.base import (
+    AbstractPointProcess,
+    Rows,
+    State,
+    joint,
+    number,
+    parameter,
+    upper_bound,
+    window,
+)
 from stochdyn.paths.points.marks import Law
 from stochdyn.paths.points.occurrences import Occurrences
 from stochdyn.paths.points.precision import at_least, first_that_works
@@ -80,7 +89,7 @@ class PoissonProcess(AbstractPointProcess):
             )
             batch = joint("PoissonProcess", intensity.shape, () if self.slope is None else self.slope.shape)
         self.rate, self.tolerance = intensity, tolerance
-        self.bound = None if bound is None else number(bound)
+        self.bound = None if bound is None else upper_bound(bound, "PoissonProcess")
         if sampler is None and (self.bound is not None or not callable(intensity)):
             sampler = Thinning()
         super().__init__(
