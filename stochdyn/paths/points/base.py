@@ -180,6 +180,11 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
 
     def _read(self, value: "Tensor | Jumps") -> Occurrences:
         value = value.values if isinstance(value, Jumps) else value
+        if not isinstance(value, Tensor):
+            raise ShapeError(
+                f"{type(self).__name__}: a value is a tensor (*batch, max_jumps, 1 + mark), got "
+                f"{type(value).__name__}. Take `.values` of sd.Jumps.from_list."
+            )
         if self._validate_args:
             self._validate_sample(value)
         return Occurrences.of(value, self.t0.expand(self.batch_shape), self.t1.expand(self.batch_shape))
@@ -323,11 +328,17 @@ def window(t0: Any, t1: Any) -> tuple[Tensor, Tensor]:
 def number(value: Any) -> Tensor:
     """A number as a tensor that keeps its digits; without dimensions it does not raise the dtype of others.
 
+    Raises:
+        FieldError: if it is no number.
+
     Example:
         >>> number(0.5), number(torch.tensor([1.0]))
         (tensor(0.5000, dtype=torch.float64), tensor([1.]))
     """
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    try:
+        return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FieldError(f"A parameter must be a number or a tensor, got {value!r}.") from error
 
 
 def parameter(name: str, value: Any, *, positive: bool, owner: str, validate: bool) -> Tensor:

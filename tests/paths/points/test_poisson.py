@@ -92,6 +92,12 @@ def test_marks():
     [
         (lambda: sd.PoissonProcess(-1.0, 0.0, 1.0), sd.FieldError, "`intensity` must be positive, got -1"),
         (lambda: sd.PoissonProcess(torch.tensor([1.0, 0.0]), 0.0, 1.0), sd.FieldError, "batch member 1"),
+        (lambda: sd.PoissonProcess("a", 0.0, 1.0), sd.FieldError, "must be a number or a tensor, got 'a'"),
+        (
+            lambda: sd.PoissonProcess(1.0, 0.0, 1.0).log_prob([0.2, 0.3]),
+            sd.ShapeError,
+            "a tensor .* got list",
+        ),
         (lambda: sd.PoissonProcess(lambda t, z: t, 0.0, 1.0), sd.FieldError, "The intensity failed on t"),
         (lambda: sd.PoissonProcess(lambda t: 1.0, 0.0, 1.0), sd.FieldError, "must return a tensor"),
         (lambda: sd.PoissonProcess(lambda t: t, 0.0, 1.0, slope=1.0), sd.FieldError, "`slope` goes with"),
