@@ -103,7 +103,7 @@ def evidence(
     if isinstance(data, Jumps):
         raise GuideError(
             "evidence integrates out a path, and the jumps of a point process have none: their likelihood is exact, "
-            "and only parameters are left. Take the ELBO of the fit, sd.IWAE for a closer bound, or quadrature over few."
+            "and only parameters are left. Take the ELBO of the fit, sd.IWAE for a closer bound, or quadrature."
         )
     model, guide = pair(fit)
     with evaluating(model, guide, seed=seed):
