@@ -114,7 +114,7 @@ def inside(values: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
 
     Example:
         >>> given = torch.tensor([[[0.1]]]).double()
-        >>> given.tolist(), inside(given, torch.zeros(1).double(), torch.tensor([0.1]).double()).tolist()
+        >>> given.tolist(), inside(given, torch.zeros(1).double(), torch.tensor([0.1], dtype=torch.float64)).tolist()
         ([[[0.10000000149011612]]], [[[0.1]]])
     """
     times = values[..., :1]
