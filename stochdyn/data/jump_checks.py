@@ -109,6 +109,19 @@ def _complain(
     )
 
 
+def inside(values: Tensor, t0: Tensor, t1: Tensor) -> Tensor:
+    """Jumps whose times in another dtype left the window by rounding, put back to its ends.
+
+    Example:
+        >>> given = torch.tensor([[[0.1]]]).double()
+        >>> given.tolist(), inside(given, torch.zeros(1).double(), torch.tensor([0.1], dtype=torch.float64)).tolist()
+        ([[[0.10000000149011612]]], [[[0.1]]])
+    """
+    times = values[..., :1]
+    within = times.clamp(t0.to(values)[:, None, None], t1.to(values)[:, None, None])
+    return torch.cat([torch.where(unused(times), times, within), values[..., 1:]], -1)
+
+
 def check_classes(marks: Tensor, real: Tensor, classes: int, times: Tensor, say: Say) -> None:
     """Marks that are classes must be 0, 1, ... classes - 1.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stochdyn.data.checks import as_real, check_names
 from stochdyn.data.groups import read_groups
-from stochdyn.data.jump_checks import check_classes, check_jumps, unused
+from stochdyn.data.jump_checks import check_classes, check_jumps, inside, unused
 from stochdyn.data.population import AbstractPopulation
 from stochdyn.data.series import Series
 from stochdyn.errors import DataError, PaddingError, ShapeError, TimeError
@@ -84,10 +84,17 @@ class Jumps(AbstractPopulation):
                 f"`values` has shape {tuple(raw.shape)}. Pass at least one series, and its times."
             )
         labels = check_names("ids", ids, size, range(size))
-        values = raw.to(dtype, copy=True)
         start, end = _window(t0, t1, size, raw.device)
         say = partial(_series, labels)
-        check_jumps(values.double(), start, end, say)
+        # In the precision in which the times were given: 0.1 in float32 is not after 0.1.
+        raw = raw if raw.is_floating_point() else raw.double()
+        check_jumps(raw, start.to(raw), end.to(raw), say)
+        values = inside(raw.to(dtype, copy=True), start, end)
+        check_jumps(values, start.to(values), end.to(values), say)
+        if classes is not None and width == 1:
+            raise DataError(
+                "`classes` says what the marks are, and `values` has none. Leave it out, or add the marks as a column."
+            )
         free = unused(values[..., 0])
         if classes is not None and width > 1:
             check_classes(values[..., 1], ~free, classes, values[..., 0], say)
@@ -171,7 +178,7 @@ class Jumps(AbstractPopulation):
         )
 
     def _cast(self, dtype: torch.dtype) -> Self:
-        values = self.values.to(dtype)
+        values = inside(self.values.to(dtype, copy=True), self.t0, self.t1)
         # Rounding must not put a jump past the end of its window, nor two at one time.
         check_jumps(values, self.t0.to(dtype), self.t1.to(dtype), partial(_series, self.ids))
         covariates = None if self.covariates is None else self.covariates.to(dtype)

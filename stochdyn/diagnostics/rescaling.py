@@ -83,7 +83,9 @@ def time_rescaling(process: AbstractPointProcess, jumps: Any, *, given: int = 0)
 
     own, after = process.residuals(jumps.values if isinstance(jumps, Jumps) else jumps)
     # Rounding may leave less than nothing after a jump at the end of the window.
-    residuals = _end_to_end(own.reshape(-1, own.shape[-1])[:, given:], after.reshape(-1).clamp(min=0))
+    residuals = _end_to_end(
+        own.reshape(after.numel(), own.shape[-1])[:, given:], after.reshape(-1).clamp(min=0)
+    )
     if len(residuals) < 10:
         raise DataError(f"There are {len(residuals)} jumps. Take at least 10: below, the tests see nothing.")
     ks = stats.kstest(residuals, "expon")

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Independent
 
-from stochdyn.data import Series
+from stochdyn.data import Jumps, Series
 from stochdyn.errors import GuideError
 from stochdyn.inference.draws import (
     Draws,
@@ -80,8 +80,8 @@ def evidence(
         seed: of the draws; None uses the current random state.
 
     Raises:
-        GuideError: if the model has not exactly one path, or an observation or a latent depends on more of
-            the path than its state at the observation's time.
+        GuideError: for the jumps of a point process; if the model has not exactly one path, or an observation or a
+            latent depends on more of the path than its state at the observation's time.
 
     References:
         Andrieu & Roberts, "The pseudo-marginal approach for efficient Monte Carlo computations", Annals of
@@ -100,6 +100,11 @@ def evidence(
         >>> sd.evidence((model, sd.AmortizedGuide(model)), data, draws=1, particles=10).per_series.shape
         torch.Size([3])
     """
+    if isinstance(data, Jumps):
+        raise GuideError(
+            "evidence integrates out a path, and the jumps of a point process have none: their likelihood is exact, "
+            "and only parameters are left. Take the ELBO of the fit, sd.IWAE for a closer bound, or quadrature."
+        )
     model, guide = pair(fit)
     with evaluating(model, guide, seed=seed):
         found = draw(fit, data, draws)

@@ -57,6 +57,24 @@ def test_faults_are_named(rows, named, error, message):
         sd.Jumps.from_list(rows, **named)
 
 
+def test_times_in_single_precision_at_the_end_of_the_window():
+    jumps = sd.Jumps(torch.tensor([[[0.1]], [[float("inf")]]]), t1=0.1)
+    assert jumps.values.tolist() == [[[0.1]], [[math.inf]]] and jumps.values.dtype == torch.float64
+    assert torch.isfinite(sd.PoissonProcess(1.0, jumps.t0, jumps.t1).log_prob(jumps.values)).all()
+    single = sd.Jumps([[[0.1]]], t1=0.1, dtype=torch.float32)
+    assert single.to(torch.float64).values.tolist() == [[[0.1]]]
+    with pytest.raises(sd.TimeError, match="outside"):
+        sd.Jumps(torch.tensor([[[0.10001]]]), t1=0.1)
+    with pytest.raises(sd.TimeError, match="twice"):
+        sd.Jumps([[[0.5], [0.5 + 1e-12]]], t1=1.0, dtype=torch.float32)
+    assert sd.Jumps([[[1]]], t1=1.5).values.tolist() == [[[1.0]]]
+
+
+def test_classes_of_no_marks():
+    with pytest.raises(sd.DataError, match="`classes` says what the marks are"):
+        sd.Jumps([[[0.1]]], t1=1.0, classes=2)
+
+
 def test_a_mini_batch_scales_its_plate():
     jumps = sd.Jumps.from_list(
         [[0.5], [], [0.1, 0.2]], t0=0.0, t1=[1.0, 2.0, 3.0], covariates=[[1.0], [2.0], [3.0]]

@@ -46,6 +46,12 @@ def test_right_distribution_but_dependent_gaps_are_seen_by_the_lag():
     assert found.ks_pvalue > 0.01 and found.lag == pytest.approx(0.2, abs=0.06) and found.rejects()
 
 
+@pytest.mark.parametrize("shape", [(0, 1), (3, 0, 1)])
+def test_no_jumps_at_all(shape):
+    with pytest.raises(sd.DataError, match="There are 0 jumps"):
+        sd.time_rescaling(sd.PoissonProcess(1.0, 0.0, 4.0), torch.zeros(shape))
+
+
 def test_short_windows_bias_nothing():
     # Each window holds two jumps on average: gaps that its end cuts off must count. Control: dropped, they do not.
     torch.manual_seed(0)

@@ -345,3 +345,15 @@ def test_a_path_that_all_series_observe():
     sharp = ou_evidence(one, noise=OU["noise"] / math.sqrt(2))[0]
     constant = 3 * math.log(1 / (OU["noise"] * math.sqrt(2 * math.pi)) / math.sqrt(2))
     assert abs(found.total - sharp - constant) < 1e-8
+
+
+def test_point_processes_have_no_path_to_integrate_out():
+    jumps = sd.Jumps.from_list([[0.5], []], t1=1.0)
+
+    def model(batch):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with batch.plate("series"):
+            batch.observe("jumps", sd.PoissonProcess(rate, batch.t0, batch.t1))
+
+    with pytest.raises(sd.GuideError, match="the jumps of a point process have none"):
+        sd.evidence((model, sd.AmortizedGuide(model)), jumps)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn.data import Jumps
-from stochdyn.errors import FieldError, ShapeError, TimeError
+from stochdyn.errors import BoundError, FieldError, ShapeError, TimeError
 from stochdyn.paths.points.marks import Law, draw_marks, mark_dim, mark_log_prob
 from stochdyn.paths.points.occurrences import Occurrences
 from stochdyn.paths.points.quadrature import integrate
@@ -66,7 +66,7 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
         batch_shape: of the parameters.
         t0, t1: the window, numbers or (*batch,).
         marks: the law of the marks where it is not of the subclass's making.
-        max_jumps: rows of samples; None pads to the longest of a draw. Densities take any number of rows.
+        max_jumps: rows of samples; None pads to the longest of a draw, of 20,000 at most. Densities take any number.
         sampler: `Thinning()` or `Inversion()`.
         device: of the parameters, to which the window goes; None leaves it where it is.
 
@@ -79,6 +79,7 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
     has_rsample = False
     tolerance = 1e-9
+    bound: Any = None
 
     def __init__(
         self,
@@ -117,6 +118,14 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
     def _rate(self, state: State, t: Tensor) -> Tensor:
         """The intensity at t (row, *batch), until the next jump."""
 
+    def _log_rate(self, state: State, jumps: Occurrences) -> Tensor:
+        """(jump, *batch) its logarithm at the jumps, anything in unused rows."""
+        rate = self._rate(state, jumps.times).expand(jumps.times.shape)
+        if self._validate_args:
+            self._check_rate(rate, jumps)
+        # In an unused row a rate of 0 would make the gradient NaN.
+        return torch.where(jumps.real, rate, torch.ones_like(rate)).log()
+
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
         """The integral of the intensity from a to b (row, *batch), no jump between them."""
         return integrate(lambda row, t: self._rate(state.take(row), t), a, b, tolerance=self.tolerance)
@@ -141,11 +150,10 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
 
     def _log_density(self, state: State, jumps: Occurrences) -> Tensor:
         """(jump, *batch) the log intensity of a jump with its mark, 0 in unused rows."""
-        rate = self._rate(state, jumps.times).expand(jumps.times.shape)
+        log_rate = self._log_rate(state, jumps).expand(jumps.times.shape)
         if self._validate_args:
-            self._check_rate(rate, jumps)
-        # In an unused row a rate of 0 would make the gradient NaN.
-        out = torch.where(jumps.real, rate, torch.ones_like(rate)).log()
+            self._check_rate(log_rate.detach().exp(), jumps)
+        out = torch.where(jumps.real, log_rate, torch.zeros_like(log_rate))
         return out if self.marks is None else out + mark_log_prob(self.marks, jumps.marks, jumps.real)
 
     def _draw_mark(self, state: State, t: Tensor) -> Tensor:
@@ -172,6 +180,11 @@ class AbstractPointProcess(dist.TorchDistribution, ABC):
 
     def _read(self, value: "Tensor | Jumps") -> Occurrences:
         value = value.values if isinstance(value, Jumps) else value
+        if not isinstance(value, Tensor):
+            raise ShapeError(
+                f"{type(self).__name__}: a value is a tensor (*batch, max_jumps, 1 + mark), got "
+                f"{type(value).__name__}. Take `.values` of sd.Jumps.from_list."
+            )
         if self._validate_args:
             self._validate_sample(value)
         return Occurrences.of(value, self.t0.expand(self.batch_shape), self.t1.expand(self.batch_shape))
@@ -315,11 +328,17 @@ def window(t0: Any, t1: Any) -> tuple[Tensor, Tensor]:
 def number(value: Any) -> Tensor:
     """A number as a tensor that keeps its digits; without dimensions it does not raise the dtype of others.
 
+    Raises:
+        FieldError: if it is no number.
+
     Example:
         >>> number(0.5), number(torch.tensor([1.0]))
         (tensor(0.5000, dtype=torch.float64), tensor([1.]))
     """
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    try:
+        return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FieldError(f"A parameter must be a number or a tensor, got {value!r}.") from error
 
 
 def parameter(name: str, value: Any, *, positive: bool, owner: str, validate: bool) -> Tensor:
@@ -343,3 +362,22 @@ def parameter(name: str, value: Any, *, positive: bool, owner: str, validate: bo
             "LogNormal prior or exp."
         )
     return tensor
+
+
+def upper_bound(value: Any, owner: str) -> Tensor:
+    """A given bound of the intensity as a tensor.
+
+    Raises:
+        BoundError: if it is not finite and positive.
+
+    Example:
+        >>> upper_bound(2.0, "PoissonProcess")
+        tensor(2., dtype=torch.float64)
+    """
+    bound = number(value)
+    if not bool((torch.isfinite(bound) & (bound > 0)).all()):
+        raise BoundError(
+            f"{owner}: `bound` must be finite and positive, got {value}. Give one above the intensity, or leave it out "
+            "and sample by sd.Inversion()."
+        )
+    return bound

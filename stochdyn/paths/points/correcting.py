@@ -79,11 +79,17 @@ class SelfCorrecting(AbstractPointProcess):
         return Rows((seen + happened.to(seen),), t.dim() - 1)
 
     def _rate(self, state: State, t: Tensor) -> Tensor:
+        return self._log_line(state, t).exp()
+
+    def _log_rate(self, state: State, jumps: Occurrences) -> Tensor:
+        return self._log_line(state, jumps.times)
+
+    def _log_line(self, state: State, t: Tensor) -> Tensor:
         (seen,) = state.parts
-        return (self.mu * (t - self.t0.to(t)) - self.alpha * seen).exp()
+        return self.mu * (t - self.t0.to(t)) - self.alpha * seen
 
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
-        return self._rate(state, a) * growth(self.mu, b - a)
+        return growth(self._log_line(state, a), self.mu, b - a)
 
     def _bound(self, state: State, now: Tensor, end: Tensor) -> tuple[Tensor, Tensor] | None:
         # It grows: the bound is its value a while ahead, at which it has at most doubled or about one jump is due.

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from stochdyn.errors import FieldError
-from stochdyn.paths.points.base import AbstractPointProcess, State, joint, window
+from stochdyn.paths.points.base import AbstractPointProcess, State, joint, upper_bound, window
 from stochdyn.paths.points.marks import Law, draw_marks, mark_dim, mark_log_prob
 from stochdyn.paths.points.occurrences import Occurrences
-from stochdyn.paths.points.quadrature import integrate
+from stochdyn.paths.points.precision import at_least, first_that_works
+from stochdyn.paths.points.quadrature import POINTS, integrate
 from stochdyn.paths.points.simulate import AbstractSampler, Thinning
+from stochdyn.paths.points.support import check_marks
 
 # Numbers that one vectorised call of an intensity may hold.
 _MEMORY = 4_000_000
@@ -43,6 +45,11 @@ class History:
     start: Tensor
     times: Tensor
     marks: Tensor
+
+    def to(self, dtype: torch.dtype) -> "History":
+        """The same with all times and marks in another dtype."""
+        t, start, times, marks = (x.to(dtype) for x in (self.t, self.start, self.times, self.marks))
+        return History(t, self.number, start, times, marks)
 
     @property
     def count(self) -> Tensor:
@@ -96,8 +103,9 @@ class _Past:
 class PointProcess(AbstractPointProcess):
     """The point process with a given conditional intensity, and given marks; the integral by quadrature.
 
-    The integral is found between every two jumps to 1e-9, so kernels should be smooth. The cost is quadratic in the
-    number of jumps; `Hawkes` and its kin are linear.
+    The integral is found between every two jumps to 1e-9, so kernels should be smooth. A pulse far narrower than its
+    gap can escape, unless it comes right after a jump. The cost is quadratic in the number of jumps; `Hawkes` and its
+    kin are linear.
 
     Args:
         intensity: `(t, history[, context])` -> shape of t, positive: jumps per unit of time, of all marks together. t
@@ -152,39 +160,46 @@ class PointProcess(AbstractPointProcess):
                 f"PointProcess: `intensity` must be callable as (t, history[, context]), got "
                 f"{type(intensity).__name__}. A constant one is sd.PoissonProcess."
             )
-        self.field, self.context, self.bound = intensity, context, bound
+        self.field, self.context = intensity, context
+        fixed_bound = bound is not None and not callable(bound)
+        self.bound = upper_bound(bound, "PointProcess") if fixed_bound else bound
         self.tolerance = tolerance
         self.mark_field = None if marks is None or hasattr(marks, "log_prob") else marks
         ends = window(t0, t1)
         own = () if context is None else context.shape[:-1]
         fixed = marks if self.mark_field is None else None
         wide = joint("PointProcess", ends[0].shape, ends[1].shape, own)
-        batch, self._first_law = self._probe(wide, ends[0], fixed)
+        self.dtype, (batch, self._first_law) = self._probe(wide, ends[0], fixed)
         sampler = sampler or (Thinning() if bound is not None else None)
         super().__init__(
             batch, t0, t1, marks=fixed, max_jumps=max_jumps, sampler=sampler, validate_args=validate_args
         )
 
-    def _probe(self, batch: torch.Size, t0: Tensor, marks: Law | None) -> tuple[torch.Size, Law | None]:
+    def _probe(self, batch: torch.Size, t0: Tensor, marks: Law | None) -> Any:
         # Room on the left for the batch of what the fields close over; a jump that nobody knows, so that kernels run.
         t = t0.expand(batch).reshape(1, *[1] * _ROOM, *batch)
-        none = History(t, torch.zeros_like(t).long(), t[0], t[:0], t.new_zeros(0, *t.shape[1:], 0))
         try:
-            first = marks if self.mark_field is None else self._call(self.mark_field, none)
-            none = replace(none, times=t, marks=t.new_zeros(*t.shape, mark_dim(first)))
-            shape = torch.broadcast_shapes(self._call(self.field, none).shape, t.shape)[1:]
-            law = marks if self.mark_field is None else self._call(self.mark_field, none)
-            shape = shape if law is None else torch.broadcast_shapes((1, *shape), law.batch_shape)[1:]
+            return first_that_works(self.context, lambda dtype: self._attempt(t.to(dtype), batch, marks))
         except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             raise FieldError(
                 f"The intensity or the marks failed on t of shape {tuple(t.shape)}: {error}. They are called as (t, "
                 "history[, context]) with t of shape (row, *batch); a parameter of batch shape broadcasts as it is."
             ) from error
+
+    def _attempt(self, t: Tensor, batch: torch.Size, marks: Law | None) -> tuple[torch.Size, Law | None]:
+        none = History(t, torch.zeros_like(t).long(), t[0], t[:0], t.new_zeros(0, *t.shape[1:], 0))
+        self.dtype = t.dtype
+        first = marks if self.mark_field is None else self._call(self.mark_field, none)
+        none = replace(none, times=t, marks=t.new_zeros(*t.shape, mark_dim(first)))
+        shape = torch.broadcast_shapes(self._call(self.field, none).shape, t.shape)[1:]
+        law = marks if self.mark_field is None else self._call(self.mark_field, none)
+        shape = shape if law is None else torch.broadcast_shapes((1, *shape), law.batch_shape)[1:]
         while len(shape) > len(batch) and shape[0] == 1:
             shape = shape[1:]
         return shape, law
 
     def _call(self, field: Callable[..., Any], history: History) -> Any:
+        history = history.to(self.dtype)
         if self.context is None:
             return field(history.t, history)
         return field(history.t, history, self.context.expand(*history.t.shape, self.context.shape[-1]))
@@ -193,7 +208,12 @@ class PointProcess(AbstractPointProcess):
         return mark_dim(self._first_law)
 
     def _mark_support(self) -> constraints.Constraint | None:
-        return None if self._first_law is None else self._first_law.support
+        support = None if self._first_law is None else self._first_law.support
+        if self.mark_field is None or support is None or constraints.is_dependent(support):
+            return support
+        # Bounds of a law that is called anew for every jump are checked with it.
+        probe = torch.zeros([1] * support.event_dim)
+        return None if support.check(probe).dim() else support
 
     def _states(self, jumps: Occurrences) -> State:
         number = torch.arange(len(jumps.times) + 1, device=jumps.times.device)
@@ -220,13 +240,17 @@ class PointProcess(AbstractPointProcess):
         return _Past(jumps, count + happened)
 
     def _rate(self, state: State, t: Tensor) -> Tensor:
-        return self._call(self.field, state.at(t))
+        return at_least(self._call(self.field, state.at(t)), t)
 
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
-        points = 15 * max(len(state.jumps.times), 1) * max(a[0].numel(), 1)
+        points = POINTS * max(len(state.jumps.times), 1) * max(a[0].numel(), 1)
         chunk = max(1, _MEMORY // points)
         return integrate(
-            lambda row, t: self._rate(state.take(row), t), a, b, tolerance=self.tolerance, chunk=chunk
+            lambda row, t: self._call(self.field, state.take(row).at(t)),
+            a,
+            b,
+            tolerance=self.tolerance,
+            chunk=chunk,
         )
 
     def _bound(self, state: State, now: Tensor, end: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -234,13 +258,15 @@ class PointProcess(AbstractPointProcess):
             return None
         if callable(self.bound):
             return self._call(self.bound, state.at(now)), end
-        return torch.as_tensor(self.bound).to(now), end
+        return self.bound.to(now), end
 
     def _log_density(self, state: State, jumps: Occurrences) -> Tensor:
         out = super()._log_density(state, jumps)
         if self.mark_field is None:
             return out
         law = self._call(self.mark_field, state.at(jumps.times))
+        if self._validate_args and not constraints.is_dependent(law.support):
+            check_marks(law.support, jumps)
         return out + mark_log_prob(law, jumps.marks, jumps.real)
 
     def _draw_mark(self, state: State, t: Tensor) -> Tensor:

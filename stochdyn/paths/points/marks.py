@@ -43,7 +43,7 @@ def mark_log_prob(law: Law, marks: Tensor, real: Tensor) -> Tensor:
 
 
 def marks_inside(support: constraints.Constraint | None, value: Tensor) -> Tensor:
-    """Which marks of a padded tensor (*batch, jump, 1 + mark) are in a support.
+    """Which marks of a padded tensor (*batch, jump, 1 + mark) are in a support, whose bounds may be of batch shape.
 
     Example:
         >>> marks_inside(constraints.positive, torch.tensor([[0.1, 2.0], [0.2, -1.0]]))
@@ -52,7 +52,13 @@ def marks_inside(support: constraints.Constraint | None, value: Tensor) -> Tenso
     if support is None or constraints.is_dependent(support):
         return torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device)
     marks = value[..., 1:]
-    return support.check(marks) if support.event_dim else support.check(marks[..., 0])
+    marks = marks if support.event_dim else marks[..., 0]
+    # Jumps first, so that bounds (*batch,) broadcast, also over a value that has no batch of its own.
+    batch = support.check(marks.new_zeros(marks.shape[marks.dim() - support.event_dim :])).dim()
+    marks = marks.movedim(value.dim() - 2, 0)
+    lead = marks.dim() - 1 - support.event_dim
+    marks = marks.reshape(len(marks), *[1] * max(0, batch - lead), *marks.shape[1:])
+    return support.check(marks).movedim(0, -1)
 
 
 def draw_marks(law: Law | None, shape: torch.Size, like: Tensor) -> Tensor:
@@ -73,8 +79,14 @@ def draw_marks(law: Law | None, shape: torch.Size, like: Tensor) -> Tensor:
 def _somewhere(law: Law, like: Tensor) -> Tensor:
     """A mark that the law takes: densities are evaluated in unused rows too, before they drop out."""
     support = law.support
+    if support.is_discrete and law.event_shape:
+        # One-hot marks and counts of a total are never all 0.
+        first = like.new_zeros(like.shape[-1])
+        first[0] = 1.0
+        return first * torch.as_tensor(getattr(support, "upper_bound", 1), device=like.device)
     if support.is_discrete or constraints.is_dependent(support):
         return like.new_zeros(like.shape[-1])
     transform = biject_to(support)
     shape = transform.inverse_shape(torch.Size(law.event_shape))
-    return transform(like.new_zeros(shape)).reshape(like.shape[-1])
+    found = transform(like.new_zeros(shape))
+    return found if law.event_shape else found[..., None]

@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import FieldError, ShapeError
-from stochdyn.paths.points.base import AbstractPointProcess, Rows, State, joint, number, parameter, window
+from stochdyn.paths.points.base import (
+    AbstractPointProcess,
+    Rows,
+    State,
+    joint,
+    number,
+    parameter,
+    upper_bound,
+    window,
+)
 from stochdyn.paths.points.marks import Law
 from stochdyn.paths.points.occurrences import Occurrences
+from stochdyn.paths.points.precision import at_least, first_that_works
 from stochdyn.paths.points.quadrature import integrate
 from stochdyn.paths.points.simulate import AbstractSampler, Thinning
 
@@ -18,7 +28,7 @@ class PoissonProcess(AbstractPointProcess):
     """A Poisson process: log p = sum log lambda(t_i) - integral of lambda over the window.
 
     With a number the integral is closed; with `slope` too (log-linear). For any other intensity it is found by
-    quadrature to 1e-9, from each jump to the next.
+    quadrature to 1e-9, from each jump to the next; a pulse of less than a hundredth of the gap can escape.
 
     Args:
         intensity: jumps per unit of time: a number, (*batch,), or a callable `(t[, context])` -> shape of t, positive.
@@ -72,14 +82,14 @@ class PoissonProcess(AbstractPointProcess):
                 raise FieldError(
                     "PoissonProcess: `slope` goes with a number. Write it into the callable intensity."
                 )
-            batch = _probe(intensity, window(t0, t1), context)
+            self.dtype, batch = _probe(intensity, window(t0, t1), context)
         else:
             intensity = parameter(
                 "intensity", intensity, positive=True, owner="PoissonProcess", validate=check
             )
             batch = joint("PoissonProcess", intensity.shape, () if self.slope is None else self.slope.shape)
         self.rate, self.tolerance = intensity, tolerance
-        self.bound = None if bound is None else number(bound)
+        self.bound = None if bound is None else upper_bound(bound, "PoissonProcess")
         if sampler is None and (self.bound is not None or not callable(intensity)):
             sampler = Thinning()
         super().__init__(
@@ -104,17 +114,28 @@ class PoissonProcess(AbstractPointProcess):
 
     def _rate(self, state: State, t: Tensor) -> Tensor:
         if callable(self.rate):
-            return _call(self.rate, t, self.context)
+            return at_least(_call(self.rate, t.to(self.dtype), self.context), t)
         if self.slope is None:
             return self.rate.expand(t.shape)
-        return self.rate * (self.slope * (t - self.t0.to(t))).exp()
+        return self._log_line(t).exp()
+
+    def _log_rate(self, state: State, jumps: Occurrences) -> Tensor:
+        return super()._log_rate(state, jumps) if self.slope is None else self._log_line(jumps.times)
+
+    def _log_line(self, t: Tensor) -> Tensor:
+        return self.rate.log() + self.slope * (t - self.t0.to(t))
 
     def _integral(self, state: State, a: Tensor, b: Tensor) -> Tensor:
         if callable(self.rate):
-            return integrate(lambda row, t: self._rate(state, t), a, b, tolerance=self.tolerance)
+            return integrate(
+                lambda row, t: _call(self.rate, t.to(self.dtype), self.context),
+                a,
+                b,
+                tolerance=self.tolerance,
+            )
         if self.slope is None:
             return self.rate * (b - a)
-        return self._rate(state, a) * growth(self.slope, b - a)
+        return growth(self._log_line(a), self.slope, b - a)
 
     def _bound(self, state: State, now: Tensor, end: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.bound is not None:
@@ -124,17 +145,20 @@ class PoissonProcess(AbstractPointProcess):
         return torch.maximum(self._rate(state, now), self._rate(state, end)), end
 
 
-def growth(rate: Tensor, length: Tensor) -> Tensor:
-    """The integral of exp(rate s) over s from 0 to length; right also where the rate is 0.
+def growth(start: Tensor, rate: Tensor, length: Tensor) -> Tensor:
+    """The integral of exp(start + rate s) over s from 0 to length; right also where the rate is 0.
 
     Example:
-        >>> growth(torch.tensor([0.0, 1.0]), torch.tensor(1.0))
+        >>> growth(torch.zeros(2), torch.tensor([0.0, 1.0]), torch.tensor(1.0))
         tensor([1.0000, 1.7183])
     """
+    # From the higher end down, so that no factor overflows where the other underflows.
     x = rate * length
-    small = x.abs() < 1e-5
-    safe = torch.where(small, torch.ones_like(x), x)
-    return length * torch.where(small, 1 + x / 2 + x.square() / 6, torch.expm1(safe) / safe)
+    fall = -x.abs()
+    small = fall > -1e-5
+    safe = torch.where(small, -torch.ones_like(x), fall)
+    mean = torch.where(small, 1 + fall / 2 + fall.square() / 6, torch.expm1(safe) / safe)
+    return length * torch.maximum(start, start + x).exp() * mean
 
 
 def _call(intensity: Callable[..., Tensor], t: Tensor, context: Tensor | None) -> Tensor:
@@ -145,14 +169,14 @@ def _call(intensity: Callable[..., Tensor], t: Tensor, context: Tensor | None) -
 
 def _probe(
     intensity: Callable[..., Tensor], ends: tuple[Tensor, Tensor], context: Tensor | None
-) -> torch.Size:
-    """The batch shape of what the intensity closes over."""
+) -> tuple[torch.dtype, torch.Size]:
+    """The dtype it can be called in, and the batch shape of what the intensity closes over."""
     own = () if context is None else context.shape[:-1]
     t = ends[0].expand(joint("PoissonProcess", ends[0].shape, ends[1].shape, own))
-    t = t if context is None else t.to(context)
+    t = t if context is None else t.to(context.device)
     try:
-        out = _call(intensity, t, context)
-    except (RuntimeError, TypeError, IndexError) as error:
+        dtype, out = first_that_works(context, lambda dtype: _call(intensity, t.to(dtype), context))
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
         raise FieldError(
             f"The intensity failed on t of shape {tuple(t.shape)}: {error}. It is called as (t[, context]) with t of "
             "shape (time, *batch), here without times; a parameter of batch shape broadcasts as it is."
@@ -160,7 +184,7 @@ def _probe(
     if not isinstance(out, Tensor):
         raise FieldError(f"The intensity must return a tensor of t's shape, got {type(out).__name__}.")
     try:
-        return torch.broadcast_shapes(out.shape, t.shape)
+        return dtype, torch.broadcast_shapes(out.shape, t.shape)
     except RuntimeError as error:
         raise ShapeError(
             f"The intensity returned shape {tuple(out.shape)} for t of shape {tuple(t.shape)}. One number per time."

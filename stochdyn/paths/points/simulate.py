@@ -1,5 +1,6 @@
 """Drawing jumps: thinning under a checked bound, and inversion of the compensator."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from stochdyn.errors import BoundError, FieldError, PaddingError
 from stochdyn.paths.points.support import member
 
 # A sequence that nobody gave a limit ends in an error here, not in full memory.
-_LIMIT = 1_000_000
+_LIMIT = 20_000
 
 
 class AbstractSampler(ABC):
@@ -32,8 +33,8 @@ class AbstractSampler(ABC):
 class Thinning(AbstractSampler):
     """Proposals of a constant rate, kept with probability intensity / bound. Exact if the bound is one.
 
-    The bound is checked at every proposal. Take it where a tight bound is known (`Hawkes`: always); `Inversion` needs
-    none.
+    The bound is checked at every proposal, and a given one at every jump and at the end of the window. Take it where a
+    tight bound is known (`Hawkes`: always); `Inversion` needs none.
 
     Args:
         slack: by which part of the bound the intensity may exceed it, for rounding.
@@ -62,6 +63,10 @@ class Thinning(AbstractSampler):
                 "sample by sd.Inversion()."
             )
         bound, until = (x.expand(now.shape) for x in given)
+        if process.bound is not None:
+            # A bound far too low makes hardly a proposal at which it could be noticed.
+            for edge in (now, until):
+                self._check(process._rate(state, edge).expand(now.shape), bound, edge, active=now < end)
         t = now + torch.empty_like(now).exponential_() / bound.to(now)
         late = ~(t <= until)
         t = torch.where(late, until, torch.maximum(t, torch.nextafter(now, end)))
@@ -70,12 +75,14 @@ class Thinning(AbstractSampler):
         return t, (torch.rand_like(now) * bound < rate) & ~late
 
     def _check(self, rate: Tensor, bound: Tensor, t: Tensor, active: Tensor) -> None:
-        over = active & ~(rate <= bound * (1 + self.slack))
+        over = active & ~((rate <= bound * (1 + self.slack)) & torch.isfinite(bound))
         if bool(over.any()):
             where = tuple(over.nonzero()[0].tolist())
+            limit = float(bound[where])
+            relation = "above its bound" if math.isfinite(limit) else "and its bound is"
             raise BoundError(
                 f"{member(list(where[1:]))}, time {float(t[where]):.6g}: the intensity is {float(rate[where]):.6g}, "
-                f"above its bound {float(bound[where]):.6g}, so thinning would draw from another law. Give a larger "
+                f"{relation} {limit:.6g}, so thinning would draw from another law. Give a larger "
                 "`bound`, or sample by sd.Inversion()."
             )
 

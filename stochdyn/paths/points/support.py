@@ -10,6 +10,7 @@ from stochdyn.data.checks import show_time
 from stochdyn.data.jump_checks import check_classes, check_jumps, faults, unused
 from stochdyn.errors import DataError, ShapeError
 from stochdyn.paths.points.marks import marks_inside
+from stochdyn.paths.points.occurrences import Occurrences
 
 
 class JumpSupport(constraints.Constraint):
@@ -53,11 +54,34 @@ class JumpSupport(constraints.Constraint):
         bad = real & ~marks_inside(self.marks, value)
         if bool(bad.any()):
             first = tuple(bad.nonzero()[0].tolist())
+            value = value.expand(*bad.shape, value.shape[-1])
             raise DataError(
                 f"{member(list(first[:-1]))}, jump {first[-1]}, time {show_time(value[first][0])}: mark is "
                 f"{value[first][1:].tolist()}, and its distribution takes values in {self.marks}. Correct the mark, or "
                 "choose another distribution."
             )
+
+
+def check_marks(support: constraints.Constraint, jumps: Occurrences) -> None:
+    """Name the first mark outside a support whose bounds have a row for every jump.
+
+    Raises:
+        DataError: naming the series, the jump and its time.
+
+    Example:
+        >>> value = torch.tensor([[0.5, 2.0]])
+        >>> jumps = Occurrences.of(value, torch.tensor(0.0), torch.tensor(1.0))
+        >>> check_marks(constraints.interval(torch.zeros(1), torch.full((1,), 3.0)), jumps)
+    """
+    marks = jumps.marks if support.event_dim else jumps.marks[..., 0]
+    bad = jumps.real & ~support.check(marks)
+    if bool(bad.any()):
+        first = tuple(bad.nonzero()[0].tolist())
+        raise DataError(
+            f"{member(list(first[1:]))}, jump {first[0]}, time {show_time(jumps.times.expand(bad.shape)[first])}: mark "
+            f"is {jumps.marks.expand(*bad.shape, -1)[first].tolist()}, and its distribution does not take that value. "
+            "Correct the mark, or choose another distribution."
+        )
 
 
 def member(first: list[int]) -> str:

@@ -46,6 +46,19 @@ def test_draws_pass_time_rescaling_and_are_regular(sampler):
     assert float(counts.var()) < 0.2 * float(counts.mean())
 
 
+def test_single_precision_where_the_intensity_underflows():
+    mu, alpha = 0.1, 5.0
+    own = torch.tensor(alpha, requires_grad=True)
+    process = sd.SelfCorrecting(torch.tensor(mu), own, 0.0, 100.0)
+    times = torch.arange(1.0, 60.0)[:, None]
+    exact = sd.SelfCorrecting(mu, torch.tensor(alpha).double().requires_grad_(), 0.0, 100.0)
+    found, expected = process.log_prob(times), exact.log_prob(times.double())
+    assert float(found.detach()) == pytest.approx(mu * 1770 - alpha * 1711 - 1.0596, rel=1e-5)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    (grad,) = torch.autograd.grad(found, own)
+    assert float(grad) == pytest.approx(float(torch.autograd.grad(expected, exact.alpha)[0]), rel=1e-5)
+
+
 def test_parameters_are_checked():
     with pytest.raises(sd.FieldError, match="SelfCorrecting: `mu` must be positive, got -1"):
         sd.SelfCorrecting(-1.0, 0.4, 0.0, 1.0)

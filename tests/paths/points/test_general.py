@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pyro.distributions as dist
@@ -127,12 +128,36 @@ def test_both_samplers_draw_the_same_law():
     assert not sd.time_rescaling(sd.PointProcess(inhibited, 0.0, 10.0), inverted).rejects()
 
 
+@pytest.mark.parametrize("given", [None, torch.float32])
+def test_networks_in_single_precision(given):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1), torch.nn.Softplus()
+    )
+    twin = copy.deepcopy(net).double()
+    context = None if given is None else torch.zeros(1, dtype=given)
+
+    def field(net):
+        return lambda t, h, *c: net(torch.stack([t, h.count], -1))[..., 0]
+
+    process = sd.PointProcess(field(net), 0.0, END, context=context)
+    expected = sd.PointProcess(field(twin), 0.0, END).log_prob(value())
+    found = process.log_prob(value())
+    assert found.dtype == torch.float64 and float(found.detach()) == pytest.approx(
+        float(expected.detach()), abs=1e-4
+    )
+    found.backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert process.sample((2,)).dtype == torch.float64
+    assert process.intensity([0.5], value()).dtype == torch.float64
+
+
 def test_faults():
     with pytest.raises(sd.FieldError, match="must be callable"):
         sd.PointProcess(2.0, 0.0, 1.0)
     with pytest.raises(sd.FieldError, match="failed on t"):
         sd.PointProcess(lambda t: t, 0.0, 1.0)
-    with pytest.raises(sd.FieldError, match="the intensity is -1"):
+    with pytest.raises(sd.FieldError, match="the intensity is -2 at time"):
         sd.PointProcess(lambda t, h: t - 2, 0.0, 1.0).log_prob(torch.tensor([[0.5]]))
     pole = sd.PointProcess(lambda t, h: (t - 1).abs().clamp_min(1e-12) ** -0.9, 0.0, END)
     with pytest.raises(sd.FieldError, match="near time 1"):

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pyro.distributions as dist
@@ -91,6 +92,12 @@ def test_marks():
     [
         (lambda: sd.PoissonProcess(-1.0, 0.0, 1.0), sd.FieldError, "`intensity` must be positive, got -1"),
         (lambda: sd.PoissonProcess(torch.tensor([1.0, 0.0]), 0.0, 1.0), sd.FieldError, "batch member 1"),
+        (lambda: sd.PoissonProcess("a", 0.0, 1.0), sd.FieldError, "must be a number or a tensor, got 'a'"),
+        (
+            lambda: sd.PoissonProcess(1.0, 0.0, 1.0).log_prob([0.2, 0.3]),
+            sd.ShapeError,
+            "a tensor .* got list",
+        ),
         (lambda: sd.PoissonProcess(lambda t, z: t, 0.0, 1.0), sd.FieldError, "The intensity failed on t"),
         (lambda: sd.PoissonProcess(lambda t: 1.0, 0.0, 1.0), sd.FieldError, "must return a tensor"),
         (lambda: sd.PoissonProcess(lambda t: t, 0.0, 1.0, slope=1.0), sd.FieldError, "`slope` goes with"),
@@ -108,9 +115,40 @@ def test_faults(make, error, message):
         make()
 
 
+@pytest.mark.parametrize("given", [None, torch.float32])
+def test_networks_in_single_precision(given):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1), torch.nn.Softplus()
+    )
+    twin = copy.deepcopy(net).double()
+    context = None if given is None else torch.zeros(3, 1, dtype=given)
+    process = sd.PoissonProcess(lambda t, *c: net(t[..., None])[..., 0], 0.0, END, context=context)
+    expected = sd.PoissonProcess(lambda t: twin(t[..., None])[..., 0], 0.0, END).log_prob(value())
+    found = process.log_prob(value())
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected.expand(found.shape), atol=1e-4)
+    assert process.sample((2,)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("slope", [-2.0, 2.0])
+def test_single_precision_far_from_where_the_rate_is_one(slope):
+    rate = torch.tensor(1.0 if slope < 0 else 1e-37, requires_grad=True)
+    far = 100.0 if slope < 0 else 42.0
+    jumps = torch.tensor([[1.0], [far - 1]])
+    found = sd.PoissonProcess(rate, 0.0, far, slope=torch.tensor(slope)).log_prob(jumps)
+    base = float(rate.detach())
+    expected = 2 * math.log(base) + slope * far - base * math.expm1(slope * far) / slope
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+    (grad,) = torch.autograd.grad(found, rate)
+    assert float(grad) == pytest.approx(2 / base - math.expm1(slope * far) / slope, rel=1e-4)
+
+
 def test_growth_near_zero():
     rate = torch.tensor([-1e-3, -1e-9, 0.0, 1e-9, 1e-3, 2.0], dtype=torch.float64).requires_grad_()
-    length = torch.tensor(3.0, dtype=torch.float64)
-    assert torch.allclose(growth(rate, length)[[0, 4, 5]], ((3 * rate).expm1() / rate)[[0, 4, 5]], atol=1e-12)
-    (grad,) = torch.autograd.grad(growth(rate, length).sum(), rate)
+    length, zero = torch.tensor(3.0, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+    assert torch.allclose(
+        growth(zero, rate, length)[[0, 4, 5]], ((3 * rate).expm1() / rate)[[0, 4, 5]], atol=1e-12
+    )
+    (grad,) = torch.autograd.grad(growth(zero, rate, length).sum(), rate)
     assert torch.allclose(grad[1:4], torch.full((3,), 4.5).double(), atol=1e-6)

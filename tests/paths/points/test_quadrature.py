@@ -50,6 +50,18 @@ def test_a_fixed_rule_would_miss_what_halving_finds():
     assert abs(float(loose) - expected) > 1e-3
 
 
+def test_narrow_mass_after_the_start_and_in_the_middle():
+    for width in (1e-1, 1e-2, 1e-3):
+        found = integrate(lambda row, t, w=width: 0.1 + 0.5 / w * (-t / w).exp(), col(0.0), col(99.0))
+        assert float(found) == pytest.approx(9.9 + 0.5, abs=1e-8)
+
+    def pulse(row, t):
+        return 0.01 + 50 * torch.exp(-0.5 * (t - 430) ** 2)
+
+    found = integrate(pulse, col(0.0), col(1000.0))
+    assert float(found) == pytest.approx(10 + 50 * math.sqrt(2 * math.pi), abs=1e-6)
+
+
 def test_what_cannot_be_integrated_is_named():
     with pytest.raises(sd.FieldError, match="before jump 1 is not known to 1e-09.*near time 1.5"):
         integrate(lambda row, t: (t - 1.5).abs().clamp_min(1e-12) ** -0.9, col(0.0, 1.0), col(1.0, 2.0))

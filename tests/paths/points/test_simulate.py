@@ -54,10 +54,28 @@ def test_a_violated_bound_is_named():
         r"series \d: *.*time \d+\.\d+: the intensity is 2\.\d+, above its bound 2\.5.*Give a larger `bound`"
     )
     with pytest.raises(sd.BoundError, match=message.replace(": *.*", ", ")):
-        sd.PoissonProcess(rate, torch.zeros(3), 40.0, bound=2.5).sample()
+        sd.PoissonProcess(rate, torch.zeros(3), 41.0, bound=2.5).sample()
     sd.PoissonProcess(rate, torch.zeros(3), 40.0, bound=3.0).sample()
     with pytest.raises(sd.BoundError):
-        sd.PointProcess(lambda t, h: rate(t), 0.0, 40.0, bound=lambda t, h: 2.5 + 0 * t).sample()
+        sd.PointProcess(lambda t, h: rate(t), 0.0, 41.0, bound=lambda t, h: 2.5 + 0 * t).sample()
+
+
+@pytest.mark.parametrize("bound", [math.nan, math.inf, 0.0, -1.0, 1e-4])
+def test_a_useless_bound_is_noticed(bound):
+    message = "above its bound 0.0001" if bound == 1e-4 else "must be finite and positive"
+    with pytest.raises(sd.BoundError, match=message):
+        sd.PoissonProcess(lambda t: 2 + 0 * t, 0.0, 100.0, bound=bound).sample()
+    with pytest.raises(sd.BoundError, match=message):
+        sd.PointProcess(lambda t, h: 2 + 0 * t, 0.0, 100.0, bound=bound).sample()
+    with pytest.raises(sd.BoundError, match="the intensity is 2, "):
+        sd.PointProcess(lambda t, h: 2 + 0 * t, 0.0, 100.0, bound=lambda t, h: bound + 0 * t).sample()
+
+
+@pytest.mark.slow
+def test_an_explosion_ends_in_an_error():
+    torch.manual_seed(0)
+    with pytest.raises(sd.PaddingError, match="more than max_jumps=20000"):
+        sd.Hawkes(1.0, 2.0, 1.0, 0.0, 1e3, explosive=True).sample()
 
 
 def test_thinning_needs_a_bound():
