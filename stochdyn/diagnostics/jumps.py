@@ -79,8 +79,8 @@ def read_jumps(
         ...                                     batch.values[:, 0], batch.times)
         ...         pyro.sample("y", path, obs=batch.values)
         >>> fit = sd.fit(model, sd.AmortizedGuide(model), series, steps=50, lr=0.05, progress=False)
-        >>> sd.read_jumps(fit, series).probability.round(1)
-        array([[0., 1., 0.]])
+        >>> sd.read_jumps(fit, series).probability.round(1).tolist()
+        [[0.0, 1.0, 0.0]]
     """
     with evaluating(*pair(fit), seed=seed):
         found = draw(fit, data, draws)
