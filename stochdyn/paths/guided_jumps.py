@@ -12,7 +12,13 @@ from torch.distributions import constraints
 from stochdyn.errors import GuideError
 from stochdyn.paths.checks import joint_batch
 from stochdyn.paths.jump_sizes import log_poisson
-from stochdyn.paths.mixture_message import FILTER_TAIL, NOTHING, MixtureMessage, Products
+from stochdyn.paths.mixture_message import (
+    FILTER_TAIL,
+    NOTHING,
+    MixtureMessage,
+    Products,
+    check_guidable,
+)
 from stochdyn.paths.start import RandomStart
 from stochdyn.paths.support import path_support
 
@@ -63,21 +69,18 @@ class GuidedJumpPath(dist.TorchDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
+        check_guidable(prior)
         chain = prior.chain
-        if chain.state_dim != 1 or not prior.jumps.size.gaussian:
-            raise GuideError(
-                "Guides of jump diffusions need one state and normal jumps: NormalJump(loc, scale)."
-            )
         if message.log_weight.shape[-2] != chain.steps + 1:
             raise GuideError(
                 f"The message has {message.log_weight.shape[-2]} times, the path {chain.steps + 1}. Make it on the "
                 "path's own grid."
             )
-        self.batch = joint_batch(path=chain.batch_shape, message=message.batch_shape)
-        self.prior = prior if self.batch == prior.batch_shape else prior.expand(self.batch)
+        batch = joint_batch(path=chain.batch_shape, message=message.batch_shape)
+        self.prior = prior if batch == prior.batch_shape else prior.expand(batch)
         self.message, self.score_message = message, score_message
         event_shape = torch.Size((chain.steps + 1, 1))
-        super().__init__(self.batch, event_shape, validate_args=validate_args)
+        super().__init__(batch, event_shape, validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -96,7 +99,7 @@ class GuidedJumpPath(dist.TorchDistribution):
     def expand(self, batch_shape: torch.Size, _instance: object = None) -> "GuidedJumpPath":
         new = object.__new__(GuidedJumpPath)
         new.__dict__.update(self.__dict__)
-        new.prior, new.batch = self.prior.expand(torch.Size(batch_shape)), torch.Size(batch_shape)
+        new.prior = self.prior.expand(torch.Size(batch_shape))
         new._batch_shape = torch.Size(batch_shape)
         return new
 

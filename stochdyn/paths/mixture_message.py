@@ -43,11 +43,6 @@ class MixtureMessage:
         """Its logarithm at states (*batch, time, 1)."""
         return torch.logsumexp(self.log_weight + z * (self.information - 0.5 * self.precision * z), -1)
 
-    def times(self, factor: Message) -> "MixtureMessage":
-        """With every component multiplied by a Gaussian factor of one state; precisions stay at least zero."""
-        h, J = factor.information, factor.full()[..., 0]
-        return MixtureMessage(self.log_weight, self.information + h, (self.precision + J).clamp(min=0.0))
-
     def masked(self, valid: Tensor) -> "MixtureMessage":
         """No message where valid (*batch, time) is False."""
         keep = valid[..., None]
@@ -105,6 +100,19 @@ class Products:
         return self.log_weight.flatten(-2), self.mean.flatten(-2), self.variance.flatten(-2).sqrt()
 
 
+def check_guidable(path: "JumpDiffusionPath") -> None:
+    """Refuse a jump diffusion whose steps times messages would be no mixtures of normals.
+
+    Raises:
+        GuideError: for several states, or sizes that are not normal.
+    """
+    if path.chain.state_dim != 1 or not path.jumps.size.gaussian:
+        raise GuideError(
+            "Guides of jump diffusions need one state and normal jumps: NormalJump(loc, scale). Others can be observed "
+            "paths, or sampled by NUTS."
+        )
+
+
 def jump_filter(
     path: "JumpDiffusionPath", potential: Message, around: Tensor, components: int = 3
 ) -> MixtureMessage:
@@ -123,12 +131,8 @@ def jump_filter(
     Raises:
         GuideError: for another path, or fewer than two components.
     """
+    check_guidable(path)
     chain, size = path.chain, path.jumps.size
-    if chain.state_dim != 1 or not size.gaussian:
-        raise GuideError(
-            "Guides of jump diffusions need one state and normal jumps: NormalJump(loc, scale). Others can be observed "
-            "paths, or sampled by NUTS."
-        )
     if components < 2:
         raise GuideError(f"A message of a jump diffusion needs at least two components, got {components}.")
     linear = linearise(chain, around)
