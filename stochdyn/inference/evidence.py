@@ -127,13 +127,7 @@ def evidence(
 
 
 def _only_path(found: Draws) -> Site:
-    paths = [site for site in found.latents.values() if isinstance(site.fn, GuidedPath)]
-    jumping = [site.name for site in found.latents.values() if isinstance(site.fn, GuidedJumpPath)]
-    if jumping:
-        raise GuideError(
-            f"evidence: path '{jumping[0]}' is a jump diffusion, for which there is no particle filter. Use the "
-            "importance-weighted bound, sd.IWAE(particles), or fit.elbo."
-        )
+    paths = [site for site in found.latents.values() if isinstance(site.fn, GuidedPath | GuidedJumpPath)]
     if len(paths) != 1:
         raise GuideError(
             "evidence needs a model with exactly one path guided by AmortizedGuide, got "

@@ -7,18 +7,14 @@ import torch
 from torch import Tensor
 
 from stochdyn.errors import FieldError
-from stochdyn.paths.guided import GuidedPath
-from stochdyn.paths.message import Message
-from stochdyn.paths.noise import AbstractNoise, AbstractTwist
-from stochdyn.paths.sde import SDEPath
-from stochdyn.paths.steering import shift
+from stochdyn.paths.moves import Path, moves_of
 
 LogLikelihood = Callable[[Tensor, int], "Tensor | None"]
 
 
 @torch.no_grad()
 def particle_evidence(
-    path: SDEPath | GuidedPath,
+    path: Path,
     log_likelihood: LogLikelihood,
     *,
     particles: int = 1000,
@@ -26,9 +22,8 @@ def particle_evidence(
 ) -> Tensor:
     """Log evidence per series: the log of an unbiased estimate, by a filter that moves as the path does.
 
-    A plain `SDEPath` gives the bootstrap filter; a guided path the twisted one, whose weights look ahead
-    through
-    the messages: with exact messages a single particle gives the exact answer.
+    A plain `SDEPath` or `JumpDiffusionPath` gives the bootstrap filter; a guided path the twisted one, whose weights
+    look ahead through the messages: with exact messages a single particle gives the exact answer.
 
     Args:
         path: prior or guided path, batch_shape (*batch).
@@ -58,46 +53,20 @@ def particle_evidence(
     """
     if not isinstance(particles, int) or particles < 1:
         raise FieldError(f"`particles` must be an integer of at least 1, got {particles!r}.")
-    guided = path if isinstance(path, GuidedPath) else path.guided()
-    chain = guided.chain
-    shape = torch.Size((particles,))
-    message = None if guided.message is None else guided.message.time_major()
-    z = guided.start_from(_noise(guided, shape, chain.state_dim), shape, random=True)
-    log_w = chain.start.log_prob(z) - guided.score_start(z, guided.message)
-    log_w = log_w.expand(particles, *guided.batch_shape)
-    total = torch.zeros(guided.batch_shape, dtype=z.dtype, device=z.device)
-    t, dt, context = chain.layout(z.dim())
-    controls = None if guided.control is None else guided.control.drifts(z.dim()).one_by_one()
-    steered = None if guided.steered is None else guided.steered.drifts(z.dim()).one_by_one()
-    for k in range(chain.steps + 1):
+    moves = moves_of(path)
+    z, log_w = moves.start(particles)
+    total = torch.zeros(log_w.shape[1:], dtype=z.dtype, device=z.device)
+    for k in range(moves.path.chain.steps + 1):
         log_w = log_w + _checked(log_likelihood(z, k), log_w)
-        if k == chain.steps:
+        if k == moves.path.chain.steps:
             break
-        after = None if message is None or steered is not None else message[k + 1]
-        a, noise = chain.step(t[k], dt[k], None if context is None else context[k], z)
-        twist, mean, ahead = _look_ahead(noise, a, after)
-        z, total, log_w, (a, mean, ahead), picked = _resampled(
-            z, total, log_w + ahead, (a, mean, ahead), particles * resample_below
+        ahead, carried = moves.ahead(k, z)
+        z, total, log_w, (ahead, *carried), picked = _resampled(
+            z, total, log_w + ahead, (ahead, *carried), particles * resample_below
         )
-        if picked is not None and not chain.shares_noise:
-            noise = chain.step(t[k], dt[k], None if context is None else context[k], z)[1]
-            twist = None if after is None else noise.twist(after.precision, after.diagonal)
-        if controls is not None:
-            mean = mean + shift(controls[k], t[k], dt[k], z)
-        if steered is not None:
-            own = chain.solver.advance(steered[k], t[k], dt[k], z)
-            mean = mean + noise.safe((dt[k] > 0)[..., 0]).solve(own - a)
-        eps = _noise(guided, shape, chain.noise_dim)
-        xi = mean + (eps if twist is None else twist.colour(eps))
-        log_w = log_w - ahead + 0.5 * (eps.square() - xi.square()).sum(-1)
-        log_w = log_w + (0.0 if twist is None else twist.half_logdet())
-        z, log_w = _kept(a + noise.apply(xi), log_w)
+        z, gained = moves.move(k, z, tuple(carried), picked)
+        z, log_w = _kept(z, log_w - ahead + gained)
     return total + torch.logsumexp(_finite(log_w), 0) - math.log(particles)
-
-
-def _noise(guided: GuidedPath, sample_shape: torch.Size, size: int) -> Tensor:
-    chain = guided.chain
-    return torch.randn(*sample_shape, *guided.batch_shape, size, dtype=chain.dtype, device=chain.device)
 
 
 def _checked(value: Tensor | None, log_w: Tensor) -> Tensor | float:
@@ -109,22 +78,6 @@ def _checked(value: Tensor | None, log_w: Tensor) -> Tensor | float:
             f"{tuple(log_w.shape)}. Sum over channels, keep particles and series."
         )
     return value
-
-
-def _look_ahead(
-    noise: AbstractNoise, a: Tensor, after: Message | None
-) -> tuple[AbstractTwist | None, Tensor, Tensor | float]:
-    """The twist of a step, the mean of its noise, and the log integral of step times message."""
-    if after is None:
-        return (
-            None,
-            torch.zeros_like(noise.pull(a)),
-            torch.zeros(a.shape[:-1], dtype=a.dtype, device=a.device),
-        )
-    twist = noise.twist(after.precision, after.diagonal)
-    v = noise.pull(after.gradient(a))
-    mean = twist.smooth(v)
-    return twist, mean, after.log_value(a) + 0.5 * (v * mean).sum(-1) + twist.half_logdet()
 
 
 def _kept(z: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,13 +94,13 @@ def _finite(log_w: Tensor) -> Tensor:
 
 def _resampled(
     z: Tensor, total: Tensor, log_w: Tensor, carried: tuple[Tensor, ...], below: float
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], bool]:
     """Systematic resampling of those series whose effective sample size is too small."""
     log_w = _finite(log_w)
     w = torch.softmax(log_w, 0)
     needy = 1 / w.square().sum(0) < below
     if not needy.any():
-        return z, total, log_w, carried, None
+        return z, total, log_w, carried, False
     n = log_w.shape[0]
     cumulative = w.cumsum(0).movedim(0, -1).contiguous()
     offset = torch.rand(*needy.shape, 1, dtype=w.dtype, device=w.device)
@@ -164,4 +117,4 @@ def _resampled(
     gained = torch.logsumexp(log_w, 0) - math.log(n)
     total = total + torch.where(needy, gained, torch.zeros_like(gained))
     log_w = torch.where(needy, torch.zeros_like(log_w), log_w)
-    return pick(z), total, log_w, tuple(pick(x) for x in carried), index
+    return pick(z), total, log_w, tuple(pick(x) for x in carried), True

@@ -109,18 +109,14 @@ class GuidedJumpPath(dist.TorchDistribution):
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:  # noqa: B008
         chain = self.prior.chain
         shape = torch.Size((*sample_shape, *self.batch_shape))
-        z = self._start(shape)
+        z = self.start_from(shape)
         t, dt, context = chain.layout(z.dim())
         after = self.message.time_major().lifted(z.dim())
         rows = [None] * chain.steps if context is None else context.unbind(0)
-        most, states = self._most(t, dt, z, context), [z]
+        most = None if callable(self.prior.jumps.intensity) else self._most(t, dt, z)
+        states = [z]
         for k, (s, h, row) in enumerate(zip(t.unbind(0), dt.unbind(0), rows, strict=True)):
-            a, noise = chain.step(s, h, row, z)
-            scale = noise.safe((h > 0)[..., 0]).scale.expand(a.shape)  # type: ignore
-            rate = self.prior.intensity(s, z, row) * h
-            if callable(self.prior.jumps.intensity):
-                most = max(self.prior.counts(rate, FILTER_TAIL), 1)
-            mixture = self._mixture(a, scale, rate, after[k + 1], most)
+            mixture = self.mixture(s, h, z, row, after[k + 1], most)
             z = torch.where(h > 0, implicit(*mixture.flat), z)
             states.append(z)
         value = torch.stack(states, -2)
@@ -128,12 +124,32 @@ class GuidedJumpPath(dist.TorchDistribution):
             chain.check_finite(value)
         return value
 
-    def _most(self, t: Tensor, dt: Tensor, z: Tensor, context: Tensor | None) -> int:
-        first = None if context is None else context[0]
-        rate = self.prior.intensity(t[0], z, first) if len(t) else z
-        return max(self.prior.counts(rate.detach() * dt.max(), FILTER_TAIL), 1) if len(t) else 1
+    def _most(self, t: Tensor, dt: Tensor, z: Tensor) -> int:
+        """Of a constant intensity, for all steps."""
+        return (
+            max(self.prior.counts(self.prior.intensity(t[0], z).detach() * dt.max(), FILTER_TAIL), 1)
+            if len(t)
+            else 1
+        )
 
-    def _start(self, shape: torch.Size) -> Tensor:
+    def mixture(
+        self,
+        t: Tensor,
+        dt: Tensor,
+        z: Tensor,
+        context: Tensor | None,
+        message: MixtureMessage,
+        most: int | None = None,
+    ) -> Products:
+        """What a step from z draws from: prior's step times message, summed over at most so many jumps."""
+        a, noise = self.prior.chain.step(t, dt, context, z)
+        scale = noise.safe((dt > 0)[..., 0]).scale.expand(a.shape)  # type: ignore
+        rate = self.prior.intensity(t, z, context) * dt
+        most = max(self.prior.counts(rate, FILTER_TAIL), 1) if most is None else most
+        return self._mixture(a, scale, rate, message, most)
+
+    def start_from(self, shape: torch.Size) -> Tensor:
+        """Initial states (*shape, 1), drawn from the twisted start."""
         start = self.prior.chain.start
         if not isinstance(start, RandomStart):
             return start.sample(torch.Size(shape[: len(shape) - len(self.batch_shape)])).expand(*shape, 1)
@@ -185,9 +201,10 @@ class GuidedJumpPath(dist.TorchDistribution):
             ]
         )
         density = torch.where(steps.real, density, torch.zeros_like(density))
-        return self._score_start(value[..., 0, :], message) + density.sum(0)
+        return self.score_start(value[..., 0, :], message) + density.sum(0)
 
-    def _score_start(self, z0: Tensor, message: MixtureMessage) -> Tensor:
+    def score_start(self, z0: Tensor, message: MixtureMessage) -> Tensor:
+        """The log density of an initial state under its prior times a message."""
         start = self.prior.chain.start
         if not isinstance(start, RandomStart):
             return start.log_prob(z0)

@@ -222,15 +222,18 @@ class JumpDiffusionPath(dist.TorchDistribution):
         t, dt, context = chain.layout(z.dim())
         states, rows = [z], [None] * chain.steps if context is None else context.unbind(0)
         for s, h, row in zip(t.unbind(0), dt.unbind(0), rows, strict=True):
-            a, noise = chain.step(s, h, row, z)
-            rate = self._expected(s, h, z, row)
-            counts = torch.poisson(rate.expand(*z.shape[:-1], 1))
-            z = a + noise.apply(torch.randn_like(z)) + self.jumps.size.sample(counts, z)
+            z = self.move(s, h, z, row)
             states.append(z)
         value = torch.stack(states, -2)
         if self._validate_args:
             chain.check_finite(value)
         return value
+
+    def move(self, t: Tensor, dt: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Draw what one step from z leads to."""
+        a, noise = self.chain.step(t, dt, context, z)
+        counts = torch.poisson(self._expected(t, dt, z, context).expand(*z.shape[:-1], 1))
+        return a + noise.apply(torch.randn_like(z)) + self.jumps.size.sample(counts, z)
 
     def _expected(self, t: Tensor, dt: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         """Expected jumps in steps, (..., 1)."""
