@@ -90,11 +90,10 @@ def sde(mean):
             return torch.cat([a - b * y, d * x - c], -1)
 
         grid = sd.TimeGrid(batch.times, substeps=5)
-        start = z_init.log()[..., None, :]
         with batch.plate("series"):
-            path = sd.SDEPath(drift, torch.full((2,), 1e-3, dtype=F64), start, grid.ts, solver=mean)
+            path = sd.SDEPath(drift, torch.full((2,), 1e-3, dtype=F64), z_init.log(), grid.ts, solver=mean)
             z = pyro.sample("z", path)
-            seen = dist.LogNormal(grid.observed(z), sigma[..., None, None, :])
+            seen = dist.LogNormal(grid.observed(z), sigma[..., None, :])
             pyro.sample("y", seen.to_event(2), obs=batch.values)
 
     return model

@@ -17,6 +17,7 @@ from stochdyn.data import AbstractPopulation
 from stochdyn.errors import FitError, GuideError, StochdynError
 from stochdyn.inference import scopes
 from stochdyn.inference.batches import arguments
+from stochdyn.inference.estimators import check_dimensions
 from stochdyn.inference.parameters import modules_of
 from stochdyn.inference.result import Fit
 
@@ -205,6 +206,7 @@ def _site(name: str, site: dict[str, Any], draws: int, nesting: int) -> Site:
     fn, plates = site["fn"], _frames(site)
     batch, event = len(plates), len(fn.event_shape)
     log_prob = torch.as_tensor(site["log_prob"]) / plate_scale(site)
+    check_dimensions(name, log_prob.shape, nesting + 1)
     value = _squeezed(site["value"], draws, nesting, batch, event)
     return Site(name, fn, value, _squeezed(log_prob, draws, nesting, batch, 0), plates, site["is_observed"])
 

@@ -1,7 +1,7 @@
 """How the ELBO of one draw is estimated: three rules with the same expectation and other noise."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from pyro.util import check_site_shape
 from torch import Tensor, broadcast_shapes
 from torch.distributions import kl_divergence
 
-from stochdyn.errors import FitError
+from stochdyn.errors import FitError, ShapeError
 from stochdyn.paths import GuidedPath, SDEPath
 
 
@@ -39,7 +39,29 @@ class AbstractEstimator(ABC):
         for trace in traces:
             for site in trace.nodes.values():
                 if site["type"] == "sample" and "log_prob" in site:
+                    check_dimensions(site["name"], site["log_prob"].shape, nesting)
                     check_site_shape(site, nesting)
+
+
+def check_dimensions(name: str, shape: Sequence[int], most: float) -> None:
+    """Refuse a log-density with dimensions left of all plates: Pyro, which enumerates there, would add them up.
+
+    Raises:
+        ShapeError: naming the site.
+
+    Example:
+        >>> check_dimensions("z", (1, 4, 1), 2)
+        >>> check_dimensions("z", (4, 4, 1), 2)
+        Traceback (most recent call last):
+        ...
+        stochdyn.errors.ShapeError: site 'z': its log-density has shape (4, 4, 1), and particles and plates have 2 ...
+    """
+    if len(shape) > most and any(size != 1 for size in shape[: len(shape) - int(most)]):
+        raise ShapeError(
+            f"site '{name}': its log-density has shape {tuple(shape)}, and particles and plates have {int(most)} "
+            "dimensions. Something in the model was given one too many: a latent theta is theta[..., None] against the "
+            "state, theta[..., None, None] against (time, channel), and the start of a path as it is."
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from stochdyn.errors import FitError
+from stochdyn.inference.estimators import check_dimensions
 from stochdyn.inference.local import Layout, Units, find_layout, scored
 from stochdyn.inference.objective import AbstractObjective, Program
 from stochdyn.inference.parameters import guide_parameters, leaves, modules_of, save_buffers
@@ -123,6 +124,9 @@ class _Bound:
         for trace, wanted in ((p, scored(p)), (q, layout.globals(q)), (scored_q, layout.locals(scored_q))):
             names = {name for name, _ in wanted}
             trace.compute_log_prob(lambda name, site, names=names: name in names)
+        for trace in (p, scored_q):
+            for name, site in layout.locals(trace):
+                check_dimensions(name, torch.as_tensor(site["log_prob"]).shape, layout.nesting + 1)
         units: Units = layout.units(p, scored_q)
         log_weights = units.total(layout.locals(p)) - units.total(layout.locals(scored_q))
         _check_apart(p, q, layout)

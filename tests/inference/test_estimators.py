@@ -278,3 +278,34 @@ def test_discrete_latents():
         (grads[type(estimator)],) = torch.autograd.grad(ELBO(estimator=estimator).loss(model, guide), logit)
     torch.testing.assert_close(*grads.values())
     assert grads[LogRatio].abs() > 0
+
+
+def one_too_many(batch, start=lambda theta: theta[..., None, :]):
+    """A latent as the start of a path, with a dimension that belongs to no plate."""
+    grid = sd.TimeGrid(batch.times, substeps=1)
+    with batch.plate("series"):
+        theta = pyro.sample("theta", dist.LogNormal(torch.zeros(1, dtype=F64), 1.0).to_event(1))
+        path = sd.SDEPath(lambda t, z: -z, torch.tensor([0.3], dtype=F64), start(theta), grid.ts)
+        batch.observe("y", dist.Normal(grid.observed(pyro.sample("z", path)), 0.1))
+
+
+@pytest.mark.parametrize(
+    "objective", [*(ELBO(particles=4, estimator=e) for e in ESTIMATORS), sd.IWAE(4)], ids=repr
+)
+def test_dimensions_left_of_all_plates_are_refused(objective):
+    """Otherwise every draw of the latent would meet every draw of the path, and the sum would count all pairs."""
+    guide = sd.AmortizedGuide(one_too_many)
+    with pytest.raises(
+        sd.ShapeError, match=r"its log-density has shape \(4, 4, 1\), and particles and plates have 2"
+    ):
+        objective.loss(one_too_many, guide, ONE)
+
+    def right(batch):
+        one_too_many(batch, start=lambda theta: theta)
+
+    assert torch.isfinite(objective.loss(right, sd.AmortizedGuide(right), ONE))
+
+
+def test_draws_with_a_dimension_too_many_are_refused():
+    with pytest.raises(sd.ShapeError, match="the start of a path as it is"):
+        sd.predict((one_too_many, sd.AmortizedGuide(one_too_many)), ONE, draws=4)
