@@ -228,6 +228,7 @@ class AmortizedGuide(nn.Module):
             self.joint.arrange({name: start.loc.shape[-1] for name, start in joint.items()})
 
     def _set_up_path(self, name: str, prior: LatentPath, place: Place, upstream: int, run: Run) -> None:
+        place.check_depth(prior.batch_shape)
         if key_of(name) not in self.paths:
             self.paths[key_of(name)] = self._new_path_site(prior, place, upstream, run)
 

@@ -6,7 +6,7 @@ import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 
-from stochdyn.errors import GuideError
+from stochdyn.errors import GuideError, ShapeError
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,20 @@ class Place:
             if -frame.dim <= len(shape):
                 shape[frame.dim] = frame.full_size or frame.size
         return torch.Size(shape)
+
+    def check_depth(self, batch_shape: torch.Size) -> None:
+        """Refuse a batch with dimensions left of all plates: every draw of one latent would meet every one of another.
+
+        Raises:
+            ShapeError: naming the site.
+        """
+        depth = max((-frame.dim for frame in self.frames), default=0)
+        if len(batch_shape) > depth:
+            raise ShapeError(
+                f"site '{self.name}': its batch shape is {tuple(batch_shape)}, and its plates {sorted(self.sizes())} "
+                f"have {depth} dimensions. A latent theta is theta[..., None] against the state, and as it is where it "
+                "is the start of a path; a batch needs a plate, `with batch.plate('series')`."
+            )
 
     def within(self, other: "Place") -> bool:
         """Whether every plate of this place is around the other one too."""

@@ -280,30 +280,59 @@ def test_discrete_latents():
     assert grads[LogRatio].abs() > 0
 
 
-def one_too_many(batch, start=lambda theta: theta[..., None, :]):
+def one_too_many(batch, local=False, start=lambda theta: theta[..., None, :]):
     """A latent as the start of a path, with a dimension that belongs to no plate."""
+    law = dist.LogNormal(torch.zeros(1, dtype=F64), 1.0).to_event(1)
     grid = sd.TimeGrid(batch.times, substeps=1)
+    theta = None if local else pyro.sample("theta", law)
     with batch.plate("series"):
-        theta = pyro.sample("theta", dist.LogNormal(torch.zeros(1, dtype=F64), 1.0).to_event(1))
+        theta = pyro.sample("theta", law) if local else theta
         path = sd.SDEPath(lambda t, z: -z, torch.tensor([0.3], dtype=F64), start(theta), grid.ts)
         batch.observe("y", dist.Normal(grid.observed(pyro.sample("z", path)), 0.1))
 
 
-@pytest.mark.parametrize(
-    "objective", [*(ELBO(particles=4, estimator=e) for e in ESTIMATORS), sd.IWAE(4)], ids=repr
-)
-def test_dimensions_left_of_all_plates_are_refused(objective):
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_dimensions_left_of_all_plates_are_refused(estimator):
     """Otherwise every draw of the latent would meet every draw of the path, and the sum would count all pairs."""
-    guide = sd.AmortizedGuide(one_too_many)
-    with pytest.raises(
-        sd.ShapeError, match=r"its log-density has shape \(4, 4, 1\), and particles and plates have 2"
-    ):
-        objective.loss(one_too_many, guide, ONE)
 
     def right(batch):
         one_too_many(batch, start=lambda theta: theta)
 
+    objective = ELBO(particles=4, estimator=estimator)
+    with pytest.raises(
+        sd.ShapeError, match=r"its log-density has shape \(4, 4, 1\), and particles and plates have 2"
+    ):
+        objective.loss(one_too_many, sd.AmortizedGuide(one_too_many), ONE)
     assert torch.isfinite(objective.loss(right, sd.AmortizedGuide(right), ONE))
+
+
+def test_iwae_refuses_them_too():
+    def program(batch, index=None):
+        with batch.plate("series"):
+            theta = pyro.sample("theta", dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1))
+            if index is not None:
+                seen = dist.Normal(theta[index] + 0 * batch.values, 1.0)
+                pyro.sample("y", seen.to_event(2), obs=batch.values)
+
+    def right(batch):
+        program(batch, (..., None, slice(None)))
+
+    def wrong(batch):
+        program(batch, (..., None, None, slice(None)))
+
+    assert torch.isfinite(sd.IWAE(4).loss(right, program, ONE))
+    with pytest.raises(sd.ShapeError, match="site 'y': its log-density has shape"):
+        sd.IWAE(4).loss(wrong, program, ONE)
+
+
+def test_a_guide_refuses_a_batch_without_a_plate():
+    def local(batch):
+        one_too_many(batch, local=True)
+
+    with pytest.raises(
+        sd.ShapeError, match=r"site 'z': its batch shape is \(1, 1\), and its plates \['series'\]"
+    ):
+        sd.AmortizedGuide(local)(ONE)
 
 
 def test_draws_with_a_dimension_too_many_are_refused():
