@@ -15,6 +15,7 @@ from stochdyn.paths import (
     MixtureMessage,
     information_filter,
 )
+from stochdyn.paths.components import settled
 
 
 def check_family(family: AbstractPathFamily, name: str) -> None:
@@ -46,8 +47,8 @@ def guided_jumps(
     Args:
         prior: the path.
         family: what the numbers mean.
-        likelihood: the potential, and the path (*batch, time, 1) around which it holds.
-        unit: the prior's spread, (1,).
+        likelihood: the potential, and the path (*batch, time, state) around which it holds.
+        unit: the prior's spread, (state,).
         numbers: (*batch, time, numbers) learned, and the same as a score sees them.
         valid: (*batch, time) where messages are, up to the last observation.
     """
@@ -74,11 +75,10 @@ def corrected(
     """Every component corrected as a message of its own, around its own centre, where its value stays."""
     made = []
     for c in range(base.log_weight.shape[-1]):
-        own = Message(base.information[..., c, None], base.precision[..., c, None, None])
-        J = base.precision[..., c, None]
+        own = Message(base.information[..., c, :], base.precision[..., c, :, :])
         # Around a point far out in a sharp component, a small correction would move its weight by nats.
-        centre = torch.where(J > 0, own.information / torch.where(J > 0, J, torch.ones_like(J)), around)
+        centre = settled(own.information, own.precision, around)
         new = family.build(numbers, unit, centre, own)
         kept = own.log_value(centre) - new.log_value(centre)
-        made.append((base.log_weight[..., c] + kept, new.information[..., 0], new.precision[..., 0, 0]))
-    return MixtureMessage(*(torch.stack(parts, -1) for parts in zip(*made, strict=True)))
+        made.append((base.log_weight[..., c] + kept, new.information, new.full()))
+    return MixtureMessage(*(torch.stack(x, -1 - k) for k, x in enumerate(zip(*made, strict=True))))

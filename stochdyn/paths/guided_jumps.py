@@ -1,6 +1,5 @@
 """The guided path of a jump diffusion: every step a mixture of normals, twisted by a mixture of messages."""
 
-import math
 from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
@@ -11,31 +10,26 @@ from torch.distributions import constraints
 
 from stochdyn.errors import GuideError
 from stochdyn.paths.checks import joint_batch
-from stochdyn.paths.jump_sizes import log_poisson
-from stochdyn.paths.mixture_message import (
-    FILTER_TAIL,
-    NOTHING,
-    MixtureMessage,
-    Products,
-    check_guidable,
-)
+from stochdyn.paths.components import Products
+from stochdyn.paths.mixture_message import FILTER_TAIL, MixtureMessage, check_guidable, counted
+from stochdyn.paths.noise import matvec
 from stochdyn.paths.start import RandomStart
 from stochdyn.paths.support import path_support
 
 if TYPE_CHECKING:
     from stochdyn.paths.jump_diffusion import JumpDiffusionPath
 
-_LOG_2PI = math.log(2 * math.pi)
 _BLOCK = 2**21  # numbers at once
 
 
 class GuidedJumpPath(dist.TorchDistribution):
-    """A jump diffusion of one state, twisted step by step by a mixture message; what its guide samples.
+    """A jump diffusion twisted step by step by a mixture message; what its guide samples.
 
     The prior's step is a mixture of normals over how many jumps fall into it; times a mixture of Gaussian factors it
-    stays one. Draws carry gradients by implicit reparametrisation of the mixture's distribution function.
+    stays one. Draws carry gradients by implicit reparametrisation of the mixture's conditional distribution functions,
+    one coordinate after the other.
 
-        q(z' | z) ~ sum_n Poisson(n) N(z'; a + n mean, G^2 + n variance) * sum_c exp(w_c + h_c z' - J_c z'^2 / 2)
+        q(z' | z) ~ sum_n Poisson(n) N(z'; a + n mean, G^2 + n variance) * sum_c exp(w_c + h_c'z' - z'J_c z' / 2)
 
     Args:
         prior: the path.
@@ -43,7 +37,7 @@ class GuidedJumpPath(dist.TorchDistribution):
         score_message: the message as `score_parts` sees it, by default detached.
 
     Raises:
-        GuideError: if the message is on another grid, or the path has several states or other sizes than normal ones.
+        GuideError: if the message is on another grid, or has other states, or the sizes of the jumps are not normal.
 
     References:
         Figurnov, Mohamed & Mnih, "Implicit reparameterization gradients", 2018, https://arxiv.org/abs/1805.08498
@@ -76,10 +70,14 @@ class GuidedJumpPath(dist.TorchDistribution):
                 f"The message has {message.log_weight.shape[-2]} times, the path {chain.steps + 1}. Make it on the "
                 "path's own grid."
             )
+        if message.information.shape[-1] != chain.state_dim:
+            raise GuideError(
+                f"The message is about {message.information.shape[-1]} states, the path has {chain.state_dim}."
+            )
         batch = joint_batch(path=chain.batch_shape, message=message.batch_shape)
         self.prior = prior if batch == prior.batch_shape else prior.expand(batch)
         self.message, self.score_message = message, score_message
-        event_shape = torch.Size((chain.steps + 1, 1))
+        event_shape = torch.Size((chain.steps + 1, chain.state_dim))
         super().__init__(batch, event_shape, validate_args=validate_args)
 
     @property
@@ -117,7 +115,7 @@ class GuidedJumpPath(dist.TorchDistribution):
         states = [z]
         for k, (s, h, row) in enumerate(zip(t.unbind(0), dt.unbind(0), rows, strict=True)):
             mixture = self.mixture(s, h, z, row, after[k + 1], most)
-            z = torch.where(h > 0, implicit(*mixture.flat), z)
+            z = torch.where(h > 0, mixture.draw(), z)
             states.append(z)
         value = torch.stack(states, -2)
         if self._validate_args:
@@ -149,27 +147,31 @@ class GuidedJumpPath(dist.TorchDistribution):
         return self._mixture(a, scale, rate, message, most)
 
     def start_from(self, shape: torch.Size) -> Tensor:
-        """Initial states (*shape, 1), drawn from the twisted start."""
+        """Initial states (*shape, state), drawn from the twisted start."""
         start = self.prior.chain.start
         if not isinstance(start, RandomStart):
-            return start.sample(torch.Size(shape[: len(shape) - len(self.batch_shape)])).expand(*shape, 1)
-        parts = self._first(start, self.message).flat
-        return start.from_base(implicit(*(x.expand(*shape, x.shape[-1]) for x in parts)))
+            own = start.sample(torch.Size(shape[: len(shape) - len(self.batch_shape)]))
+            return own.expand(*shape, start.state_dim)
+        first = self._first(start, self.message).expanded(shape)
+        return start.from_base(start.loc + start.noise.apply(first.draw()))
 
     def _first(self, start: RandomStart, message: MixtureMessage) -> Products:
-        """The start in its base coordinates, where the message acts."""
-        scale = start.noise.factor()[..., 0]
-        zero = torch.zeros_like(start.loc)
-        return Products.of(zero, start.loc, scale.square(), message.time_major()[0])
+        """The noise of the start in its base coordinates, where the message acts."""
+        m, loc, G = message.time_major()[0], start.loc[..., None, :], start.noise.factor()[..., None, :, :]
+        pull = matvec(m.precision, loc)
+        own = MixtureMessage(
+            m.log_weight + (loc * (m.information - 0.5 * pull)).sum(-1),
+            matvec(G.mT, m.information - pull),
+            G.mT @ m.precision @ G,
+        )
+        zero = torch.zeros_like(loc)
+        return Products.of(zero[..., 0], zero, torch.ones_like(loc), own)
 
     def _mixture(
         self, a: Tensor, scale: Tensor, rate: Tensor, message: MixtureMessage, most: int
     ) -> Products:
-        size = self.prior.jumps.size
-        counts = torch.arange(most + 1, dtype=a.dtype, device=a.device)
-        mean, variance = size.mean.to(a), size.variance.to(a)
-        log_prior = torch.cat([log_poisson(n, rate) for n in range(most + 1)], -1).clamp(min=NOTHING)
-        return Products.of(log_prior, a + counts * mean, scale.square() + counts * variance, message)
+        m, d, log_prior = counted(self.prior, a, scale.square(), rate, most)
+        return Products.of(log_prior, m, d, message)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -189,13 +191,13 @@ class GuidedJumpPath(dist.TorchDistribution):
         at = message.time_major().lifted(steps.a.dim() - 1)
         most = max(self.prior.counts(steps.rate, FILTER_TAIL), 1)
         rate = steps.rate.expand(*steps.a.shape[:-1], 1)
-        size = steps.a[:1].numel() * (most + 1) * message.log_weight.shape[-1]
+        size = steps.a[:1].numel() * (most + 1) * message.log_weight.shape[-1] * steps.a.shape[-1]
         rows = max(_BLOCK // max(size, 1), 1)
         parts = [slice(k, k + rows) for k in range(0, len(steps.a), rows)]
         density = torch.cat(
             [
-                log_density(
-                    *self._mixture(steps.a[p], steps.scale[p], rate[p], at[1:][p], most).flat, steps.after[p]
+                self._mixture(steps.a[p], steps.scale[p], rate[p], at[1:][p], most).log_density(
+                    steps.after[p]
                 )
                 for p in parts
             ]
@@ -209,38 +211,5 @@ class GuidedJumpPath(dist.TorchDistribution):
         if not isinstance(start, RandomStart):
             return start.log_prob(z0)
         e, ladj = start.to_base(z0)
-        return log_density(*self._first(start, message).flat, e) - ladj
-
-
-def log_density(log_weight: Tensor, mean: Tensor, sd: Tensor, z: Tensor) -> Tensor:
-    """Of a mixture of normals with components last, at z (..., 1): (...,).
-
-    Example:
-        >>> zero, one = torch.zeros(1), torch.ones(1)
-        >>> log_density(zero, zero, one, zero)
-        tensor(-0.9189)
-    """
-    normal = -0.5 * (((z - mean) / sd).square() + _LOG_2PI) - sd.log()
-    return torch.logsumexp(torch.log_softmax(log_weight, -1) + normal, -1)
-
-
-def implicit(log_weight: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
-    """A draw (..., 1) of a mixture of normals, components last, whose gradient is -dF / density.
-
-    Example:
-        >>> mean = torch.zeros(1, requires_grad=True)
-        >>> z = implicit(torch.zeros(1), mean, torch.ones(1))
-        >>> torch.autograd.grad(z.sum(), mean)[0].round(decimals=3)
-        tensor([1.])
-    """
-    with torch.no_grad():
-        chosen = torch.distributions.Categorical(logits=log_weight, validate_args=False).sample()[..., None]
-        mean_, sd_ = (x.expand(log_weight.shape).gather(-1, chosen) for x in (mean, sd))
-        z = mean_ + sd_ * torch.randn_like(mean_)
-    if not (torch.is_grad_enabled() and any(x.requires_grad for x in (log_weight, mean, sd))):
-        return z
-    weight = torch.softmax(log_weight, -1)
-    below = (weight * torch.special.ndtr((z - mean) / sd)).sum(-1, keepdim=True)
-    density = log_density(log_weight, mean, sd, z).exp()[..., None].detach()
-    floor = torch.finfo(density.dtype).tiny
-    return z - (below - below.detach()) / density.clamp(min=floor)
+        xi = start.noise.solve(e - start.loc)
+        return self._first(start, message).log_density(xi) - start.noise.logdet() - ladj

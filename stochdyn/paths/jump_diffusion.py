@@ -248,29 +248,35 @@ class JumpDiffusionPath(dist.TorchDistribution):
     def guided(
         self, message: MixtureMessage, *, score_message: MixtureMessage | None = None
     ) -> GuidedJumpPath:
-        """The same path, twisted: what a guide samples. One state, normal jumps.
+        """The same path, twisted: what a guide samples. Normal jumps.
 
         Args:
             message: e.g. from `filtered`.
             score_message: see `GuidedJumpPath`.
 
         Raises:
-            GuideError: if the message does not fit, or the path has several states or other sizes.
+            GuideError: if the message does not fit, or the path has other sizes.
         """
         return GuidedJumpPath(self, message, score_message, validate_args=self._validate_args)
 
     def filtered(
-        self, potential: Message, around: Tensor | None = None, components: int = 3
+        self,
+        potential: Message,
+        around: Tensor | None = None,
+        components: int = 3,
+        memory: int | None = None,
     ) -> MixtureMessage:
         """Messages from the backward filter; `around` is the path to linearise around, by default without noise.
 
         Args:
             potential: the (Gaussian, or locally Gaussian) log likelihood of every state, e.g. `Message.observed`.
-            around: (*batch, time, 1).
+            around: (*batch, time, state).
             components: of the mixture; the last one stands for that many jumps or more before the next observation.
+            memory: over how many gaps more it is remembered whether there were jumps; each doubles the components. None
+                is 0 for one state and 1 for several, of which an observation may not tell all.
 
         Raises:
-            GuideError: if the potential is on another grid, or the path has several states or other sizes.
+            GuideError: if the potential is on another grid, or the path has other sizes.
         """
         fitting(potential, self.chain)
         if around is None:
@@ -279,7 +285,7 @@ class JumpDiffusionPath(dist.TorchDistribution):
             around = self.matched.guided().transport(
                 torch.zeros(shape, dtype=chain.dtype, device=chain.device)
             )
-        return jump_filter(self, potential, around, components)
+        return jump_filter(self, potential, around, components, memory)
 
     def steps(self, value: Tensor) -> "JumpSteps":
         """All steps of a path (..., time, state) at once."""

@@ -8,29 +8,32 @@ from torch import Tensor
 
 from stochdyn.errors import GuideError
 from stochdyn.paths.checks import lift
+from stochdyn.paths.components import NOTHING, before, merged
 from stochdyn.paths.jump_sizes import log_poisson
 from stochdyn.paths.message import Message, linearise
+from stochdyn.paths.noise import matvec
 
 if TYPE_CHECKING:
     from stochdyn.paths.jump_diffusion import JumpDiffusionPath
 
 FILTER_TAIL = 1e-7
-# The log weight of what does not happen: finite, so that gradients are.
-NOTHING = -1e4
 
 
 @dataclass(frozen=True, eq=False)
 class MixtureMessage:
-    """A factor sum_c exp(w_c + h_c z - J_c z^2 / 2) on every state of a path of one state.
+    """A factor sum_c exp(w_c + h_c'z - z'J_c z / 2) on every state of a path.
 
-    Component c stands for c jumps until the next observation, the last one for that many or more.
+    From `jump_filter`, component c stands for c jumps until the next observation, the last one of C for that many or
+    more; with a memory, components C to 2 C - 1 for the same where the gap after that observation has jumps too.
 
     Args:
-        log_weight, information, precision: w, h and J, (*batch, time, component).
+        log_weight: w, (*batch, time, component).
+        information: h, (*batch, time, component, state); units 1/state.
+        precision: J, (*batch, time, component, state, state).
 
     Example:
         >>> import torch
-        >>> m = MixtureMessage(torch.zeros(5, 2), torch.zeros(5, 2), torch.ones(5, 2))
+        >>> m = MixtureMessage(torch.zeros(5, 2), torch.zeros(5, 2, 1), torch.ones(5, 2, 1, 1))
         >>> m.log_value(torch.zeros(5, 1)).shape
         torch.Size([5])
     """
@@ -39,198 +42,211 @@ class MixtureMessage:
     information: Tensor
     precision: Tensor
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log weights, information and precision."""
+        return self.log_weight, self.information, self.precision
+
     def log_value(self, z: Tensor) -> Tensor:
-        """Its logarithm at states (*batch, time, 1)."""
-        return torch.logsumexp(self.log_weight + z * (self.information - 0.5 * self.precision * z), -1)
+        """Its logarithm at states (*batch, time, state)."""
+        z = z[..., None, :]
+        return torch.logsumexp(
+            self.log_weight + (z * (self.information - 0.5 * matvec(self.precision, z))).sum(-1), -1
+        )
 
     def masked(self, valid: Tensor) -> "MixtureMessage":
         """No message where valid (*batch, time) is False."""
-        keep = valid[..., None]
-        parts = (
-            torch.where(keep, x, torch.zeros_like(x))
-            for x in (self.log_weight, self.information, self.precision)
-        )
-        return MixtureMessage(*parts)
+        made = []
+        for k, x in enumerate(self.parts):
+            keep = valid.reshape(*valid.shape, *[1] * (k + 1))
+            made.append(torch.where(keep, x, torch.zeros_like(x)))
+        return MixtureMessage(*made)
 
     def detach(self) -> "MixtureMessage":
         """The same numbers without their history."""
-        return MixtureMessage(self.log_weight.detach(), self.information.detach(), self.precision.detach())
+        return MixtureMessage(*(x.detach() for x in self.parts))
 
     def time_major(self) -> "MixtureMessage":
         """Time moved to the front."""
-        return MixtureMessage(
-            *(x.movedim(-2, 0) for x in (self.log_weight, self.information, self.precision))
-        )
+        return MixtureMessage(*(x.movedim(-2 - k, 0) for k, x in enumerate(self.parts)))
 
     def lifted(self, ndim: int) -> "MixtureMessage":
         """Of a time-major message: batch dimensions inserted for states of `ndim` dimensions."""
-        return MixtureMessage(*(lift(x, ndim) for x in (self.log_weight, self.information, self.precision)))
+        return MixtureMessage(*(lift(x, ndim + k) for k, x in enumerate(self.parts)))
 
     def __getitem__(self, k: "int | slice") -> "MixtureMessage":
-        return MixtureMessage(self.log_weight[k], self.information[k], self.precision[k])
+        return MixtureMessage(*(x[k] for x in self.parts))
 
     @property
     def batch_shape(self) -> torch.Size:
         """The batch of a message that is not time-major."""
-        return torch.broadcast_shapes(
-            self.log_weight.shape[:-2], self.information.shape[:-2], self.precision.shape[:-2]
-        )
-
-
-@dataclass(frozen=True)
-class Products:
-    """Normal components N(m_n, v_n) times message components: log integrals, means and variances, (..., n, c)."""
-
-    log_weight: Tensor
-    mean: Tensor
-    variance: Tensor
-
-    @classmethod
-    def of(cls, log_prior: Tensor, m: Tensor, v: Tensor, message: MixtureMessage) -> "Products":
-        """log_prior, m, v (..., n) with a message's components (..., c)."""
-        w, h, J = (x[..., None, :] for x in (message.log_weight, message.information, message.precision))
-        m, v = m[..., None], v[..., None]
-        wider = 1 + v * J
-        log_integral = (m * (h - 0.5 * J * m) + 0.5 * v * h.square()) / wider - 0.5 * wider.log()
-        return cls(log_prior[..., None] + w + log_integral, (m + v * h) / wider, v / wider)
-
-    @property
-    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Log weights, means and standard deviations, (..., n c)."""
-        return self.log_weight.flatten(-2), self.mean.flatten(-2), self.variance.flatten(-2).sqrt()
+        return torch.broadcast_shapes(*(x.shape[: -2 - k] for k, x in enumerate(self.parts)))
 
 
 def check_guidable(path: "JumpDiffusionPath") -> None:
     """Refuse a jump diffusion whose steps times messages would be no mixtures of normals.
 
     Raises:
-        GuideError: for several states, or sizes that are not normal.
+        GuideError: for sizes that are not normal.
     """
-    if path.chain.state_dim != 1 or not path.jumps.size.gaussian:
+    if not path.jumps.size.gaussian:
         raise GuideError(
-            "Guides of jump diffusions need one state and normal jumps: NormalJump(loc, scale). Others can be observed "
-            "paths, or sampled by NUTS."
+            "Guides of jump diffusions need normal jumps: NormalJump(loc, scale). Others can be observed paths, or "
+            "sampled by NUTS."
         )
 
 
 def jump_filter(
-    path: "JumpDiffusionPath", potential: Message, around: Tensor, components: int = 3
+    path: "JumpDiffusionPath",
+    potential: Message,
+    around: Tensor,
+    components: int = 3,
+    memory: int | None = None,
 ) -> MixtureMessage:
-    """The backward filter of a linearised jump diffusion of one state.
+    """The backward filter of a linearised jump diffusion.
 
     Between observations a component holds exactly what follows so many jumps, where drift, diffusion and intensity are
     those of a Brownian motion; else those that jumped at different times are merged by their moments. At an observation
     all are merged, after its factor: they differ little there when it says more than what follows.
 
     Args:
-        path: the prior, of one state and with normal jumps.
+        path: the prior, with normal jumps.
         potential: the (Gaussian, or locally Gaussian) log likelihood of every state.
-        around: the path (*batch, time, 1) to linearise around, and at which intensities are read.
+        around: the path (*batch, time, state) to linearise around, and at which intensities are read.
         components: how many; the last one counts that many jumps or more.
+        memory: each gap doubles the components. None is 0 for one state and 1 for several.
 
     Raises:
-        GuideError: for another path, or fewer than two components.
+        GuideError: for another path, fewer than two components, or a negative memory.
     """
     check_guidable(path)
-    chain, size = path.chain, path.jumps.size
+    chain = path.chain
+    memory = int(chain.state_dim > 1) if memory is None else memory
+    if memory < 0:
+        raise GuideError(f"`memory` is a number of gaps between observations, got {memory}.")
     if components < 2:
         raise GuideError(f"A message of a jump diffusion needs at least two components, got {components}.")
     linear = linearise(chain, around)
-    before = chain.split(around.detach())[0]
-    t, dt, context = chain.layout(before.dim() - 1)
-    rate = path.intensity(t, before, context) * dt
-    ndim = max(before.dim() - 1, potential.information.dim() - 1)
-    F, b, Q = (lift(x, ndim) for x in (linear.F[..., 0], linear.b, linear.Q[..., 0]))
+    states = chain.split(around.detach())[0]
+    t, dt, context = chain.layout(states.dim() - 1)
+    rate = path.intensity(t, states, context) * dt
+    ndim = max(states.dim() - 1, potential.information.dim() - 1)
+    Q = linear.Q.diagonal(dim1=-2, dim2=-1)
+    F, b, Q, rate = lift(linear.F, ndim + 1), lift(linear.b, ndim), lift(Q, ndim), lift(rate, ndim)
     most = max(path.counts(rate, FILTER_TAIL), 1)
-    counts = torch.arange(most + 1, dtype=Q.dtype, device=Q.device)
-    mean, variance = size.mean.to(Q), size.variance.to(Q)
+    steps = _Steps(F, *counted(path, b, Q, rate, most))
+    h, J = potential.information.movedim(-2, 0), potential.full().movedim(-3, 0)
+    return _backward(steps, lift(h, ndim), lift(J, ndim + 1), _Layout(components, memory))
+
+
+def counted(
+    path: "JumpDiffusionPath", a: Tensor, variance: Tensor, rate: Tensor, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A step's normal components by how many jumps fall into it: means and standard deviations (..., n, state), and the
+    logarithms of their probabilities (..., n)."""
+    counts = torch.arange(most + 1, dtype=a.dtype, device=a.device)[:, None]
+    mean, power = (
+        torch.atleast_1d(x.to(a))[..., None, :] for x in (path.jumps.size.mean, path.jumps.size.variance)
+    )
     log_prior = torch.cat([log_poisson(n, rate) for n in range(most + 1)], -1).clamp(min=NOTHING)
-    steps = _Steps(F, b + counts * mean, Q + counts * variance, lift(log_prior, ndim))
-    h, J = potential.information.movedim(-2, 0), potential.full()[..., 0].movedim(-2, 0)
-    return _backward(steps, lift(h, ndim), lift(J, ndim), components)
+    total = variance[..., None, :] + counts * power
+    floor = torch.finfo(total.dtype).tiny  # a root of zero has no gradient
+    return a[..., None, :] + counts * mean, total.clamp(min=floor).sqrt(), log_prior
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which components there are: (kept, count), flattened.
+
+    `count` is the number of jumps until the next observation, the last one that many or more; `kept` has a bit for each
+    of the `memory` gaps after that, whether there are jumps in it, the nearest gap's the lowest.
+    """
+
+    counts: int
+    memory: int
+
+    @property
+    def kept(self) -> int:
+        return 2**self.memory
+
+    def within_a_gap(self, pairs: list[tuple[int, int]]) -> list[list[int]]:
+        """The groups of (jumps in a step, component after it) that become one component before it."""
+        groups: list[list[int]] = [[] for _ in range(self.kept * self.counts)]
+        for position, (jumps, component) in enumerate(pairs):
+            kept, count = divmod(component, self.counts)
+            groups[kept * self.counts + min(jumps + count, self.counts - 1)].append(position)
+        return groups
+
+    def at_an_observation(self) -> list[list[int]]:
+        """The groups of components after an observation that become one before it: no jumps until it."""
+        groups: list[list[int]] = [[] for _ in range(self.kept * self.counts)]
+        for component in range(self.kept * self.counts):
+            kept, count = divmod(component, self.counts)
+            kept = (2 * kept + (count > 0)) % self.kept
+            groups[kept * self.counts].append(component)
+        return groups
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """z' = F z + m_n + noise of variance v_n with probability exp(log_prior_n), time-major, last dimension n."""
+    """z' = F z + m_n + noise of standard deviations d_n with probability exp(log_prior_n), time-major."""
 
     F: Tensor
     m: Tensor
-    v: Tensor
+    d: Tensor
     log_prior: Tensor
 
 
-def _backward(steps: _Steps, h: Tensor, J: Tensor, components: int) -> MixtureMessage:
-    batch = torch.broadcast_shapes(h.shape[1:-1], *(x.shape[1:-1] for x in vars(steps).values()))
-    alone = torch.full((*batch, components), NOTHING, dtype=h.dtype, device=h.device)
-    alone[..., 0] = 0.0
-    now, out = (
-        _seen(MixtureMessage(alone, torch.zeros_like(alone), torch.zeros_like(alone)), h[-1], J[-1]),
-        [],
+def _backward(steps: _Steps, h: Tensor, J: Tensor, layout: _Layout) -> MixtureMessage:
+    size, count = h.shape[-1], layout.kept * layout.counts
+    batch = torch.broadcast_shapes(
+        h.shape[1:-1], J.shape[1:-2], steps.F.shape[1:-2], steps.m.shape[1:-2], steps.log_prior.shape[1:-1]
     )
-    out.append(now)
+    weight = torch.full((*batch, count), NOTHING, dtype=h.dtype, device=h.device)
+    weight[..., 0] = 0.0
+    flat = weight.new_zeros(*batch, count, size), weight.new_zeros(*batch, count, size, size)
+    now = _seen(MixtureMessage(weight, *flat), h[-1], J[-1], layout)
+    out = [now]
     for k in range(len(h) - 2, -1, -1):
-        passed = _through(now, steps.F[k], steps.m[k], steps.v[k], steps.log_prior[k])
-        now = _seen(_by_count(passed, components), h[k], J[k])
+        passed = before(steps.F[k], steps.m[k], steps.d[k], steps.log_prior[k], now)
+        now = _seen(_by_count(passed, layout), h[k], J[k], layout)
         out.append(now)
     out.reverse()
-    stacked = (
-        torch.stack([getattr(m, name) for m in out], -2)
-        for name in ("log_weight", "information", "precision")
-    )
-    return MixtureMessage(*stacked)
+    parts = zip(*(m.parts for m in out), strict=True)
+    return MixtureMessage(*(torch.stack(x, -2 - k) for k, x in enumerate(parts)))
 
 
-def _through(after: MixtureMessage, F: Tensor, m: Tensor, v: Tensor, log_prior: Tensor) -> MixtureMessage:
-    """The message before a step, components (..., n, c)."""
-    w, h, J = (x[..., None, :] for x in (after.log_weight, after.information, after.precision))
-    m, v, F = m[..., None], v[..., None], F[..., None]
-    wider = 1 + v * J
-    log_integral = (m * (h - 0.5 * J * m) + 0.5 * v * h.square()) / wider - 0.5 * wider.log()
-    return MixtureMessage(
-        log_prior[..., None] + w + log_integral, F * (h - J * m) / wider, F.square() * J / wider
-    )
+def _grouped(parts: tuple[Tensor, Tensor, Tensor], groups: list[list[int]]) -> MixtureMessage:
+    """Merge the components of each group; an empty one weighs nothing."""
+    w, h, J = parts
+    made = []
+    for own in groups:
+        if own:
+            made.append(merged(w[..., own], h[..., own, :], J[..., own, :, :]))
+        else:
+            made.append(
+                (
+                    torch.full_like(w[..., 0], NOTHING),
+                    *(torch.zeros_like(x) for x in (h[..., 0, :], J[..., 0, :, :])),
+                )
+            )
+    return MixtureMessage(*(torch.stack(x, -1 - k) for k, x in enumerate(zip(*made, strict=True))))
 
 
-def _by_count(passed: MixtureMessage, components: int) -> MixtureMessage:
+def _by_count(passed: tuple[Tensor, Tensor, Tensor], layout: _Layout) -> MixtureMessage:
     """Merge components (n now, c later) that stand for as many jumps."""
-    n, c = passed.log_weight.shape[-2:]
-    total = [min(i + j, components - 1) for i in range(n) for j in range(c)]
-    parts = [x.flatten(-2) for x in (passed.log_weight, passed.information, passed.precision)]
-    merged = [
-        _merged(*(x[..., [i for i, t in enumerate(total) if t == k]] for x in parts))
-        for k in range(components)
-    ]
-    return MixtureMessage(*(torch.stack(x, -1) for x in zip(*merged, strict=True)))
+    n, c = passed[0].shape[-2:]
+    w, h, J = (x.flatten(-2 - k, -1 - k) for k, x in enumerate(passed))
+    pairs = [(i, j) for i in range(n) for j in range(c)]
+    return _grouped((w, h, J), layout.within_a_gap(pairs))
 
 
-def _seen(message: MixtureMessage, h: Tensor, J: Tensor) -> MixtureMessage:
-    """At an observation: its factor, and all components merged into the first."""
-    here = (J > 0).expand(*message.log_weight.shape[:-1], 1)
-    after = MixtureMessage(message.log_weight, message.information + h, message.precision + J)
-    w, hm, Jm = (x[..., None] for x in _merged(after.log_weight, after.information, after.precision))
-    none = torch.full_like(message.log_weight[..., 1:], NOTHING)
-    rest = [none, *[x.expand(none.shape) for x in (hm, Jm)]]
-    one = [torch.cat([first, other], -1) for first, other in zip((w, hm, Jm), rest, strict=True)]
-    kept = (message.log_weight, message.information, message.precision)
-    return MixtureMessage(*(torch.where(here, a, b) for a, b in zip(one, kept, strict=True)))
-
-
-def _merged(w: Tensor, h: Tensor, J: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The Gaussian with mass, mean and variance of a mixture (..., component); flat ones add up."""
-    if w.shape[-1] == 1:
-        return w[..., 0], h[..., 0], J[..., 0]
-    flat = ~(J > 0)
-    safe = torch.where(flat, torch.ones_like(J), J)
-    mean = torch.where(flat, torch.zeros_like(h), h) / safe
-    mass = w + torch.where(flat, torch.zeros_like(J), 0.5 * (h * mean - safe.log()))
-    total = torch.logsumexp(mass, -1)
-    share = (mass - total[..., None]).exp()
-    centre = (share * mean).sum(-1)
-    variance = (share * (1 / safe + (mean - centre[..., None]).square())).sum(-1)
-    precision = torch.where(flat.all(-1), torch.zeros_like(variance), 1 / variance)
-    information = precision * centre
-    back = torch.where(
-        flat.all(-1), torch.zeros_like(variance), 0.5 * (information * centre + variance.log())
-    )
-    return total - back, information, precision
+def _seen(message: MixtureMessage, h: Tensor, J: Tensor, layout: _Layout) -> MixtureMessage:
+    """At an observation: its factor, and those components merged that are told apart no longer."""
+    parts = message.log_weight, message.information + h[..., None, :], message.precision + J[..., None, :, :]
+    after = _grouped(parts, layout.at_an_observation())
+    here = (J.diagonal(dim1=-2, dim2=-1) > 0).any(-1)
+    made = []
+    for k, (new, own) in enumerate(zip(after.parts, message.parts, strict=True)):
+        made.append(torch.where(here.reshape(*here.shape, *[1] * (k + 1)), new, own))
+    return MixtureMessage(*made)

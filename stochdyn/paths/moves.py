@@ -5,8 +5,9 @@ import abc
 import torch
 from torch import Tensor
 
+from stochdyn.paths.components import Products
 from stochdyn.paths.guided import GuidedPath
-from stochdyn.paths.guided_jumps import GuidedJumpPath, implicit
+from stochdyn.paths.guided_jumps import GuidedJumpPath
 from stochdyn.paths.jump_diffusion import JumpDiffusionPath
 from stochdyn.paths.message import Message
 from stochdyn.paths.noise import AbstractNoise, AbstractTwist
@@ -98,14 +99,15 @@ class JumpMoves(AbstractMoves):
         if self.path.prior.max_jumps is None:
             rate = self.path.prior.intensity(self.t[k], z, self.rows[k]) * self.dt[k]
             most = max(self.path.prior.counts(rate), 1)
-        mixture = self.path.mixture(self.t[k], self.dt[k], z, self.rows[k], after, most).flat
-        mixture = tuple(x.expand(*z.shape[:-1], x.shape[-1]) for x in mixture)
-        ahead = torch.where(self.dt[k][..., 0] > 0, torch.logsumexp(mixture[0], -1), after.log_value(z))
-        return ahead, (*mixture, ahead)
+        mixture = self.path.mixture(self.t[k], self.dt[k], z, self.rows[k], after, most).expanded(
+            z.shape[:-1]
+        )
+        ahead = torch.where(self.dt[k][..., 0] > 0, mixture.log_integral(), after.log_value(z))
+        return ahead, (*mixture.parts, ahead)
 
     def move(self, k: int, z: Tensor, carried: Carried, resampled: bool) -> tuple[Tensor, Tensor]:
-        log_weight, mean, sd, ahead = carried
-        new = torch.where(self.dt[k] > 0, implicit(log_weight, mean, sd), z)
+        *parts, ahead = carried
+        new = torch.where(self.dt[k] > 0, Products(*parts).draw(), z)
         return new, ahead - self.messages[k + 1].log_value(new)
 
 

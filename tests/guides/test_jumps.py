@@ -1,6 +1,7 @@
 """Guides of latent jump diffusions: calibrated untrained, jumps found, and a volatility that jumps do not inflate."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -9,6 +10,7 @@ import torch
 
 import stochdyn as sd
 from stochdyn.guides.jumps import check_family, corrected
+from stochdyn.paths.mixture_message import MixtureMessage, jump_filter
 from tests.paths.test_mixture_message import problem
 
 F64 = torch.float64
@@ -126,6 +128,56 @@ def test_a_correction_of_nothing_changes_nothing():
     z = torch.linspace(-3, 3, 7, dtype=F64)[:, None]
     assert (same.log_value(z) - base.log_value(z)).abs().max() < 1e-9
     moved = corrected(base, sd.FilterMessage(), numbers + 0.1, unit, around)
+    assert (moved.log_value(z) - base.log_value(z)).abs().max() > 1e-3
+
+
+def dragged(batch):
+    """Two states, of which the second jumps and the first, which follows it, is seen."""
+    grid = sd.TimeGrid(batch.times, substeps=2)
+
+    def drift(t, z):
+        return torch.stack([2 * (z[..., 1] - z[..., 0]), 0 * z[..., 1]], -1)
+
+    with batch.plate("series"):
+        start = dist.Normal(torch.zeros(2, dtype=F64), 0.3).to_event(1)
+        jumps = sd.CompoundPoisson(0.2, sd.NormalJump(0.0, torch.tensor([0.0, 4.0], dtype=F64)))
+        spread = torch.tensor([0.1, 0.2], dtype=F64)
+        z = pyro.sample("z", sd.JumpDiffusionPath(drift, spread, jumps, start, grid.ts))
+        batch.observe("y", dist.Normal(grid.observed(z)[..., :1], NOISE))
+
+
+def test_a_hidden_state_that_jumps_is_found_through_the_one_that_it_drags(monkeypatch):
+    """What an observation does not tell must be remembered: merged, the messages lose nats."""
+    y = torch.tensor([0.0, 0.1, 0.1, 3.4, 4.0, 4.1], dtype=F64)[None, :, None]
+    series = sd.Series(torch.arange(6.0, dtype=F64), y)
+    guide = sd.AmortizedGuide(dragged)
+    evidence = sd.evidence((dragged, guide), series, draws=1, particles=2000).total.item()
+    untrained = loss(dragged, guide, series)
+    assert -0.05 < evidence + untrained < 0.3
+    reading = sd.read_jumps((dragged, guide), series, draws=200)
+    size = reading.size[0].sum(0)
+    assert reading.probability[0, 1:3].sum() > 0.95 and reading.probability[0, 3:].max() < 0.2
+    assert abs(size[0]) < 1e-6 and abs(size[1] - 4) < 1
+    sd.fit(dragged, guide, series, steps=10, lr=0.01, objective=sd.ELBO(particles=8), progress=False)
+    assert loss(dragged, guide.eval(), series) < untrained + 0.3
+    forgets = partial(jump_filter, memory=0)
+    monkeypatch.setattr(
+        "stochdyn.paths.jump_diffusion.jump_filter",
+        lambda path, seen, around, count, memory: forgets(path, seen, around, count),
+    )
+    assert evidence + loss(dragged, sd.AmortizedGuide(dragged), series) > 1
+
+
+def test_a_correction_of_nothing_changes_nothing_for_several_states():
+    base = MixtureMessage(
+        torch.randn(4, 3, dtype=F64),
+        torch.randn(4, 3, 2, dtype=F64),
+        torch.eye(2, dtype=F64).expand(4, 3, 2, 2),
+    )
+    numbers, unit = torch.zeros(4, 6, dtype=F64), torch.tensor([0.5, 2.0], dtype=F64)
+    around, z = torch.randn(4, 2, dtype=F64), torch.randn(4, 2, dtype=F64)
+    same, moved = (corrected(base, sd.FilterMessage(), x, unit, around) for x in (numbers, numbers + 0.1))
+    assert (same.log_value(z) - base.log_value(z)).abs().max() < 1e-9
     assert (moved.log_value(z) - base.log_value(z)).abs().max() > 1e-3
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.paths.guided_jumps import implicit, log_density
-from stochdyn.paths.mixture_message import MixtureMessage, _merged
+from stochdyn.paths.components import Products, implicit, merged
+from stochdyn.paths.mixture_message import MixtureMessage
 from tests.paths.test_mixture_message import F64, NOISE, RATE, likelihood, number, problem
 from tests.problems import within
 
@@ -32,7 +32,7 @@ def test_one_gap_is_exact_and_one_gaussian_message_is_not(y):
     message = path.filtered(potential)
     w, evidence = gap(path.guided(message), path, grid, (0.0, y))
     assert abs(exact - w.mean()) < 1e-3 and abs(exact - evidence) < 1e-3
-    w, h, J = (x[..., None] for x in _merged(message.log_weight, message.information, message.precision))
+    w, h, J = (x.unsqueeze(-1 - k) for k, x in enumerate(merged(*message.parts)))
     lost = exact - gap(path.guided(MixtureMessage(w, h, J)), path, grid, (0.0, y))[0].mean()
     assert lost > 0.7
 
@@ -174,14 +174,16 @@ def test_shapes_sticking_the_landing_and_faults():
     assert torch.autograd.grad(entropy, [h, sigma], allow_unused=True, retain_graph=True)[0] is None
     assert torch.autograd.grad(entropy, sigma)[0].abs() > 1e-6
     assert torch.autograd.grad(own.log_prob(z), h)[0].abs().max() > 1e-6
-    short = MixtureMessage(torch.zeros(3, 2), torch.zeros(3, 2), torch.ones(3, 2))
+    short = MixtureMessage(torch.zeros(3, 2), torch.zeros(3, 2, 1), torch.ones(3, 2, 1, 1))
     with pytest.raises(sd.GuideError, match="The message has 3 times, the path 7"):
         path.guided(short)
 
 
 def test_density_of_a_mixture_is_normalised_whatever_its_weights():
     z = torch.linspace(-30, 30, 30001, dtype=F64)[:, None]
-    p = log_density(number(3.0, -8.0), number(-1.0, 2.0), number(0.5, 2.0), z).exp()
+    one = torch.ones(2, 1, 1, dtype=F64)
+    mixture = Products(number(3.0, -8.0), number(-1.0, 2.0)[:, None], number(0.5, 2.0)[:, None], one)
+    p = mixture.log_density(z).exp()
     assert torch.trapezoid(p, z[:, 0]).item() == pytest.approx(1, abs=1e-9)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from stochdyn.paths.mixture_message import MixtureMessage, Products, jump_filter
+from stochdyn.paths.components import Products
+from stochdyn.paths.mixture_message import MixtureMessage, jump_filter
 
 F64 = torch.float64
 RATE, SIGMA, NOISE, JUMP, SHIFT = 0.4, 0.5, 0.1, 4.0, 0.7
@@ -48,9 +49,7 @@ def test_the_filter_is_the_likelihood_of_what_follows():
         for k in range(6):
             ahead = 1 - grid.ts[k].item()
             m = message[k]
-            ours = torch.logsumexp(
-                m.log_weight + z[:, None] * (m.information - 0.5 * m.precision * z[:, None]), -1
-            )
+            ours = m.log_value(z[:, None])
             exact = likelihood(z, 5.0, ahead)
             errors.append(((ours - ours[12]) - (exact - exact[12])).abs().max().item())
         worst[components] = max(errors)
@@ -65,7 +64,8 @@ def test_component_c_holds_what_c_jumps_say():
         assert m.precision[n].item() == pytest.approx(1 / variance, rel=1e-9)
         assert (m.information[n] / m.precision[n]).item() == pytest.approx(5.0 - n * SHIFT, rel=1e-9)
     log_poisson = [n * math.log(RATE) - math.lgamma(n + 1) for n in range(3)]
-    mass = m.log_weight + 0.5 * (m.information.square() / m.precision - m.precision.log())
+    h, J = m.information[:, 0], m.precision[:, 0, 0]
+    mass = m.log_weight + 0.5 * (h.square() / J - J.log())
     assert (mass[1] - mass[0]).item() == pytest.approx(log_poisson[1] - log_poisson[0], abs=1e-9)
     assert (mass[2] - mass[0]).item() == pytest.approx(log_poisson[2] - log_poisson[0], abs=1e-9)
 
@@ -99,27 +99,30 @@ def test_gradients_of_the_filter():
 
 
 def test_products_are_those_of_the_densities():
-    message = MixtureMessage(number(0.2, -1.0), number(1.0, 0.5), number(2.0, 0.1))
+    message = MixtureMessage(number(0.2, -1.0), number(1.0, 0.5)[:, None], number(2.0, 0.1)[:, None, None])
     m, v, log_prior = number(0.3, -0.4), number(0.5, 2.0), number(0.7, 0.3).log()
-    product = Products.of(log_prior, m, v, message)
+    product = Products.of(log_prior, m[:, None], v.sqrt()[:, None], message)
+    covariance = (product.spread / product.root[..., 0]).square()[:, 0]
     z = torch.linspace(-30, 30, 60001, dtype=F64)
     for n in range(2):
         for c in range(2):
             density = torch.distributions.Normal(m[n], v[n].sqrt()).log_prob(z) + log_prior[n]
-            factor = message.log_weight[c] + z * (message.information[c] - 0.5 * message.precision[c] * z)
+            factor = message.log_weight[c] + z * (
+                message.information[c, 0] - 0.5 * message.precision[c, 0, 0] * z
+            )
             p = (density + factor).exp()
             mass = torch.trapezoid(p, z)
             mean = torch.trapezoid(z * p, z) / mass
-            assert product.log_weight[n, c].item() == pytest.approx(mass.log().item(), abs=1e-9)
-            assert product.mean[n, c].item() == pytest.approx(mean.item(), abs=1e-9)
+            assert product.log_weight[2 * n + c].item() == pytest.approx(mass.log().item(), abs=1e-9)
+            assert product.mean[2 * n + c, 0].item() == pytest.approx(mean.item(), abs=1e-9)
             spread = torch.trapezoid((z - mean) ** 2 * p, z) / mass
-            assert product.variance[n, c].item() == pytest.approx(spread.item(), rel=1e-8)
+            assert covariance[2 * n + c].item() == pytest.approx(spread.item(), rel=1e-8)
 
 
 def test_no_message_where_nothing_follows():
-    message = MixtureMessage(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 3))
+    message = MixtureMessage(torch.zeros(4, 3), torch.zeros(4, 3, 1), torch.ones(4, 3, 1, 1))
     some = message.masked(torch.tensor([True, False, True, True]))
-    assert some.precision[:, 0].tolist() == [1, 0, 1, 1] and some.batch_shape == ()
+    assert some.precision[:, 0, 0, 0].tolist() == [1, 0, 1, 1] and some.batch_shape == ()
 
 
 def test_refused():
@@ -129,5 +132,5 @@ def test_refused():
         jump_filter(path, potential, around, 1)
     double = sd.CompoundPoisson(1.0, sd.DoubleExponentialJump(0.5, 1.0, 1.0))
     other = sd.JumpDiffusionPath(lambda t, z: -z, number(1.0), double, torch.zeros(1, dtype=F64), path.ts)
-    with pytest.raises(sd.GuideError, match=r"need one state and normal jumps"):
+    with pytest.raises(sd.GuideError, match=r"need normal jumps"):
         other.filtered(potential)
