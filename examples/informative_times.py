@@ -9,6 +9,7 @@
 # %%
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,6 +21,7 @@ from torch import Tensor
 import stochdyn as sd
 
 TRUTH = {"mean": 0.0, "rate": 0.5, "spread": 1.0, "error": 0.3, "often": 0.5}
+double = partial(torch.tensor, dtype=torch.float64)  # a visit may be very close to a time of the grid
 END, STEP = 20.0, 0.2  # months watched; the longest step of the grid
 
 # %% [markdown]
@@ -39,13 +41,13 @@ class Model:
     joint: bool
 
     def __call__(self, batch: sd.Series) -> None:
-        mean = pyro.sample("mean", dist.Normal(torch.tensor(0.0), 2.0))
-        rate = pyro.sample("rate", dist.LogNormal(-0.5, 0.7))
-        spread = pyro.sample("spread", dist.LogNormal(0.0, 0.7))
-        error = pyro.sample("error", dist.LogNormal(-1.0, 0.7))
+        mean = pyro.sample("mean", dist.Normal(double(0.0), 2.0))
+        rate = pyro.sample("rate", dist.LogNormal(double(-0.5), 0.7))
+        spread = pyro.sample("spread", dist.LogNormal(double(0.0), 0.7))
+        error = pyro.sample("error", dist.LogNormal(double(-1.0), 0.7))
         if self.joint:  # before the path, so that its guide sees them
-            often = pyro.sample("often", dist.LogNormal(-0.5, 1.0))
-            pull = pyro.sample("pull", dist.Normal(torch.tensor(0.0), 1.0))
+            often = pyro.sample("often", dist.LogNormal(double(-0.5), 1.0))
+            pull = pyro.sample("pull", dist.Normal(double(0.0), 1.0))
         through = torch.arange(1, round(END / STEP)) * STEP
         grid = sd.TimeGrid(batch.times, substeps=1, start=0.0, through=through)
         start = dist.Normal(mean[..., None], spread[..., None]).to_event(1)
@@ -76,8 +78,8 @@ class Study:
 def simulate(patients: int, pull: float, seed: int) -> Study:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        ts = torch.linspace(0.0, END, 401, dtype=torch.float64)
-        mean, rate, spread, error, often = (torch.tensor(x, dtype=torch.float64) for x in TRUTH.values())
+        ts = torch.linspace(0.0, END, 401).double()
+        mean, rate, spread, error, often = (double(x) for x in TRUTH.values())
         path = sd.SDEPath(
             lambda t, z: rate * (mean - z),
             (spread * (2 * rate).sqrt())[None],
@@ -92,11 +94,11 @@ def simulate(patients: int, pull: float, seed: int) -> Study:
             times = times[torch.isfinite(times)]
             after = torch.searchsorted(ts, times).clamp(1, len(ts) - 1)
             share = (times - ts[after - 1]) / (ts[after] - ts[after - 1])
-            y = torch.lerp(state[after - 1], state[after], share) + error * torch.randn(len(times)).double()
-            end = torch.tensor([END]).double()
+            y = torch.lerp(state[after - 1], state[after], share) + error * torch.randn(len(times)).to(times)
+            end = double([END])
             seen = torch.arange(len(times) + 1) < len(times)
-            rows.append((torch.cat([times, end]), torch.cat([y, 0 * end])[:, None].float(), seen))
-    return Study(sd.Series.from_list(rows), ts, states.float())
+            rows.append((torch.cat([times, end]), torch.cat([y, 0 * end])[:, None], seen))
+    return Study(sd.Series.from_list(rows), ts, states)
 
 
 # %% [markdown]
@@ -130,7 +132,7 @@ def fitted(study: Study, joint: bool, steps: int, draws: int) -> Found:
 def between(study: Study, found: Found) -> tuple[float, float]:
     """Of the states a month or more from every visit: mean error of the posterior mean, cover of 90 % intervals."""
     after = torch.searchsorted(study.ts, found.ts.contiguous()).clamp(1, len(study.ts) - 1)
-    share = ((found.ts - study.ts[after - 1]) / (study.ts[after] - study.ts[after - 1])).float()
+    share = (found.ts - study.ts[after - 1]) / (study.ts[after] - study.ts[after - 1])
     truth = torch.lerp(study.states.gather(1, after - 1), study.states.gather(1, after), share)
     visits = sd.Jumps.of_times(study.data, 0.0, END).times
     far = ((found.ts[..., None] - visits[:, None]).abs() > 1).all(-1)
