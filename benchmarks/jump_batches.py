@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import stochdyn as sd
 
 Way = Callable[[], Tensor]
+WINDOWS = 20.0, 60.0  # from the shortest to the longest
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Watch:
 
 def sequences(count: int, dtype: torch.dtype) -> sd.Jumps:
     """Windows of 20 to 60, about one jump per unit of time."""
-    ends = torch.linspace(20.0, 60.0, count, dtype=torch.float64)[torch.randperm(count)]
+    ends = torch.linspace(*WINDOWS, count, dtype=torch.float64)[torch.randperm(count)]
     drawn = sd.Hawkes(0.5, 0.8, 1.6, torch.zeros(count), ends).sample()
     return sd.Jumps(drawn, 0.0, ends).to(dtype)
 
@@ -239,7 +240,7 @@ def compare(name: str, model: nn.Module, data: sd.Jumps | Balls, watch: Watch) -
     found = watch.medians(ways, parameters)
     few = data[: min(64, len(data))] if isinstance(data, sd.Jumps) else data.of(slice(64))
     costs = [
-        min(watch.once(lambda each=each: model.score(each), parameters) for _ in range(3))
+        min(watch.once(lambda each=each: model.score(each), parameters) for _ in range(watch.rounds))
         for each in singles[: len(few)]
     ]
     worst = singles[int(np.argmax(costs))]

@@ -30,7 +30,7 @@ END, STEP = 20.0, 0.2  # months watched; the longest step of the grid
 #
 # The likelihood of the visits needs the path in long gaps too, and from the last visit to the end of the window. So the
 # grid has times of its own between the visits (`through=`), and every series ends in a row at END with nothing
-# observed. Between grid times the log intensity is a line: that alone raises `pull` by about rate * STEP / 3 of itself.
+# observed. Between grid times the log intensity is a line: that alone raises `pull` by up to rate * STEP / 3 of itself.
 
 
 # %%
@@ -102,8 +102,8 @@ def simulate(patients: int, pull: float, seed: int) -> Study:
 
 
 # %% [markdown]
-# Both models are fitted in the same way. No encoder: it would read what was observed, and nothing in a gap; the guide's
-# messages come from the likelihood of the whole path, gaps included.
+# Both models are fitted in the same way, without an encoder: it would read what was observed, and nothing in a gap. The
+# guide's messages come from the likelihood of the whole path, gaps included.
 
 
 # %%

@@ -80,7 +80,7 @@ def test_a_sampled_path_in_a_plate_with_particles():
     trace.compute_log_prob()
     found = trace.nodes["jumps"]["log_prob"]
     assert found.shape == (4, 3)
-    z, slope = trace.nodes["z"]["value"], trace.nodes["slope"]["value"]
+    z, slope = (torch.as_tensor(trace.nodes[name]["value"]) for name in ("z", "slope"))
     one = sd.CoxProcess(slope[2, 0] * z[2, 1, :, 0], ts).log_prob(visits.values[1])
     torch.testing.assert_close(found[2, 1], one)
 
