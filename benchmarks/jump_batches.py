@@ -12,14 +12,14 @@ bounces are found, each with its own restitution and times. The peers:
 - `union`: a plain implementation that steps all sequences through the sorted union of their times, and masks what is
   another's.
 
-`64_to_1` is what a batch of 64 costs against the costliest of its members alone, and `plain_64_to_1` the same of the
-ball's flight without bounces: what the tensors alone cost.
+`64_to_1` is what a batch of 64 costs against the costliest of its members alone, `plain_64_to_1` the same of the solver's
+steps without jumps: what the tensors alone cost.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import stochdyn as sd
 
-Way = Callable[[], Tensor]
+Way = Callable[[], Iterable[Tensor]]  # each of the scores goes backward by itself
 WINDOWS = 20.0, 60.0  # from the shortest to the longest
 
 
@@ -43,7 +43,8 @@ class Watch:
     def once(self, way: Way, parameters: Sequence[Tensor]) -> float:
         """One run, forward and backward."""
         started = self.clock()
-        torch.autograd.grad(way(), parameters)
+        for score in way():
+            torch.autograd.grad(score, parameters)
         return self.clock() - started
 
     def medians(self, ways: dict[str, Way], parameters: Sequence[Tensor], times: int = 1) -> dict[str, float]:
@@ -125,6 +126,12 @@ class Neural(nn.Module):
                 z = torch.where(hit[:, None], moved, z)
             rate, now = process.field(t.to(z)[None], z)[..., 0], t
         return total.sum()
+
+    def plain(self, jumps: sd.Jumps) -> Tensor:
+        """As many steps of the solver, without jumps and intensity."""
+        z = self.process.initial.expand(len(jumps), -1)
+        ts = torch.linspace(0, 1, 100 + int(jumps.counts.max()), dtype=torch.float64) * jumps.t1[:, None]
+        return sd.odeint(self.process.flow, z, ts, solver=sd.RungeKutta4()).square().sum()
 
     def advance(self, process: sd.JumpODE, t: Tensor, h: Tensor, z: Tensor) -> Tensor:
         if self.solved:
@@ -229,24 +236,28 @@ def compare(name: str, model: nn.Module, data: sd.Jumps | Balls, watch: Watch) -
     one = alone if isinstance(data, sd.Jumps) else lambda balls, k: balls.of(slice(k, k + 1))
     singles = [one(data, k) for k in range(len(data))]
     ways: dict[str, Way] = {
-        "batch": lambda: model.score(data),
-        "loop": lambda: torch.stack([model.score(each) for each in singles]).sum(),
-        "union": lambda: model.union(data),
+        "loop": lambda: (model.score(each) for each in singles),
+        "union": lambda: [model.union(data)],
     }
     with torch.no_grad():
-        whole, *others = (float(way()) for way in ways.values())
+        whole, *others = (
+            sum(float(score) for score in way()) for way in (lambda: [model.score(data)], *ways.values())
+        )
     np.testing.assert_allclose(others, whole, rtol=2e-2)  # of the union, another quadrature
-    watch.once(ways["batch"], parameters)
     found = watch.medians(ways, parameters)
     few = data[: min(64, len(data))] if isinstance(data, sd.Jumps) else data.of(slice(64))
     costs = [
-        min(watch.once(lambda each=each: model.score(each), parameters) for _ in range(watch.rounds))
+        min(watch.once(lambda each=each: [model.score(each)], parameters) for _ in range(watch.rounds))
         for each in singles[: len(few)]
     ]
     worst = singles[int(np.argmax(costs))]
-    small: dict[str, Way] = {"64": lambda: model.score(few), "1": lambda: model.score(worst)}
-    if isinstance(model, Ball):
-        small |= {"plain 64": lambda: model.plain(few), "plain 1": lambda: model.plain(worst)}
+    small: dict[str, Way] = {
+        "batch": lambda: [model.score(data)],
+        "64": lambda: [model.score(few)],
+        "1": lambda: [model.score(worst)],
+    }
+    if name in ("solved", "triggered"):
+        small |= {"plain 64": lambda: [model.plain(few)], "plain 1": lambda: [model.plain(worst)]}
     found |= watch.medians(small, parameters, 5)
     print(row(name, found))
     figures = {
@@ -256,7 +267,7 @@ def compare(name: str, model: nn.Module, data: sd.Jumps | Balls, watch: Watch) -
         f"{name}_64_seconds": found["64"],
     }
     if "plain 64" in found:
-        figures["plain_64_to_1"] = found["plain 64"] / found["plain 1"]
+        figures[f"{name}_plain_64_to_1"] = found["plain 64"] / found["plain 1"]
     return figures
 
 
@@ -283,7 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     jumps, balls = sequences(count, torch.float64), Balls.drawn(count)
     few = min(64, count)
     print(
-        f"{count} sequences, milliseconds, medians of {rounds}; ratios: peer / batch, and {few} / the costliest 1"
+        f"{count} sequences, milliseconds, medians of {rounds} (batches: {5 * rounds}); ratios: peer / batch, {few} / 1"
     )
     heads = ("batch", "loop", "union", str(few), "1")
     print(" " * 10 + "".join(f"{head:>10s}" for head in heads) + f"{'loop':>8s}{'union':>8s}{few:>7d}/1")
@@ -293,7 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
     found |= compare("triggered", Ball(), balls, watch)
     found["closed_64_to_solved_64"] = found["closed_64_seconds"] / found["solved_64_seconds"]
     print(f"closed against solved, 64 sequences: {found['closed_64_to_solved_64']:.3f} of the time")
-    print(f"the flight without bounces, {few} / 1: {found['plain_64_to_1']:.2f}")
+    for name in ("solved", "triggered"):
+        print(f"{name}, the same steps without jumps, {few} / 1: {found[f'{name}_plain_64_to_1']:.2f}")
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(found, indent=1))
 
