@@ -12,8 +12,8 @@ bounces are found, each with its own restitution and times. The peers:
 - `union`: a plain implementation that steps all sequences through the sorted union of their times, and masks what is
   another's.
 
-`64_to_1` is what a batch of 64 costs against the costliest of its members alone, `plain_64_to_1` the same of the solver's
-steps without jumps: what the tensors alone cost.
+`64_to_1` is what a batch of 64 costs against the costliest of its members alone, `plain_64_to_1` the same of the
+solver's steps without jumps: what the tensors alone cost.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Watch:
         """One run, forward and backward."""
         started = self.clock()
         for score in way():
-            torch.autograd.grad(score, parameters)
+            torch.autograd.grad(score, parameters, allow_unused=True)
         return self.clock() - started
 
     def medians(self, ways: dict[str, Way], parameters: Sequence[Tensor], times: int = 1) -> dict[str, float]:
