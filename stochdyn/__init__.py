@@ -137,6 +137,7 @@ from stochdyn.models import LatentODE, LatentSDE
 from stochdyn.paths import (
     Compiled,
     CompoundPoisson,
+    CoxProcess,
     DoubleExponentialJump,
     GuidedPath,
     Hawkes,
@@ -225,6 +226,7 @@ __all__ = [
     "CompoundPoisson",
     "Constant",
     "ConvEncoder",
+    "CoxProcess",
     "Cyclical",
     "DataError",
     "Decay",

@@ -317,6 +317,47 @@ def test_times_that_the_clock_cannot_tell_apart(jumps):
     assert (np.diff(moved) > 0).all() and np.abs(moved - [0.0, 0.5, 0.5, 0.7]).max() < 1e-8
 
 
+def test_figures_of_the_batches_benchmark(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    batches, threads = importlib.import_module("jump_batches"), torch.get_num_threads()
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(batches, "WINDOWS", (5.0, 10.0))
+    try:
+        with torch.random.fork_rng():
+            batches.main(["--quick", "--cpu-time", "--count", "4", "--json", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+        sys.modules.pop("jump_batches", None)
+    found = json.loads(out.read_text())
+    assert found["solved_loop_ratio"] > 1 and found["triggered_loop_ratio"] > 1
+    assert found["closed_64_to_solved_64"] < 1
+    for name in ("solved", "closed", "hawkes", "triggered"):
+        assert all(found[f"{name}_{figure}"] > 0 for figure in ("loop_ratio", "union_ratio", "64_to_1"))
+    assert found["solved_plain_64_to_1"] > 0 and found["triggered_plain_64_to_1"] > 0
+    assert "triggered, the same steps without jumps, 4 / 1" in capsys.readouterr().out
+
+
+def test_the_union_loop_of_the_batches_benchmark_is_the_same_model(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    batches = importlib.import_module("jump_batches")
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            jumps, hawkes = batches.sequences(5, torch.float64), batches.Hawkes()
+            ours, theirs = hawkes.score(jumps), hawkes.union(jumps)
+            balls, ball = batches.Balls.drawn(12), batches.Ball()
+            few, rough = ball.score(balls), ball.union(balls)
+        torch.testing.assert_close(theirs, ours, atol=1e-9, rtol=0)
+        gradients = [torch.autograd.grad(x, ball.logs)[0] for x in (few, rough)]
+        torch.testing.assert_close(rough, few, atol=0, rtol=1e-3)
+        torch.testing.assert_close(*gradients, atol=0, rtol=2e-2)
+        with torch.no_grad():  # the control: another gravity
+            ball.logs += 0.05
+        assert not torch.isclose(ball.score(balls), few, rtol=1e-2)
+    finally:
+        sys.modules.pop("jump_batches", None)
+
+
 # Intensive care: invented stays in the format of the file.
 
 

@@ -29,6 +29,7 @@ OBJECTIVES = ROOT / "examples" / "objectives.py"
 BOUNCING_BALL = ROOT / "examples" / "bouncing_ball.py"
 ELECTRICITY = ROOT / "examples" / "electricity.py"
 THEOPHYLLINE = ROOT / "examples" / "theophylline.py"
+INFORMATIVE_TIMES = ROOT / "examples" / "informative_times.py"
 
 
 def python(*args, cwd=ROOT, timeout=100):
@@ -165,6 +166,42 @@ def test_earthquakes(tmp_path, monkeypatch, smoke):
         assert re.search(rf"^{name} +\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]$", printed, re.MULTILINE), name
     assert re.search(r"^Poisson +\d+ rescaled gaps: KS 0\.\d+", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "earthquakes.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not INFORMATIVE_TIMES.exists(), reason="an installed package has no examples")
+def test_informative_times(tmp_path, smoke):
+    printed = smoke(INFORMATIVE_TIMES, warned="error")
+    row = (
+        r"^(taken as given|modelled) +mean +-?\d\.\d\d \[.*\], between visits off by +-?\d\.\d\d, cover \d+%$"
+    )
+    assert re.findall(row, printed, re.MULTILINE) == ["taken as given", "modelled"] * 2
+    assert len(re.findall(r"^ +pull +-?\d\.\d\d \[.*\]$", printed, re.MULTILINE)) == 2
+    assert (tmp_path / "examples" / "output" / "informative_times.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INFORMATIVE_TIMES.exists(), reason="an installed package has no examples")
+def test_times_taken_as_given_bias_the_average_and_times_modelled_do_not():
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        example = runpy.run_path(str(INFORMATIVE_TIMES), run_name="informative_times")
+        torch.set_num_threads(1)
+        study = example["simulate"](40, 1.0, 1)
+        given, modelled = (example["fitted"](study, joint, 150, 500) for joint in (False, True))
+        idle = example["simulate"](40, 0.0, 1)
+        control = example["fitted"](idle, True, 150, 500)
+    torch.set_num_threads(threads)
+    low, _, high = given.interval("mean")
+    assert low > 0.3  # 0 is the truth
+    low, _, high = modelled.interval("mean")
+    assert low < 0 < high
+    low, mid, _ = modelled.interval("pull")
+    assert low > 0.8 and abs(mid - 1) < 0.12
+    low, _, high = control.interval("pull")
+    assert low < 0 < high
+    # Between visits too, and for every patient together: the intervals of the model with the visits hold the truth.
+    (off, _), (less, cover) = (example["between"](study, found) for found in (given, modelled))
+    assert off > 0.7 > 0.25 > abs(less) and cover > 0.82
 
 
 @pytest.mark.skipif(not NEURAL_JUMP_ODE.exists(), reason="an installed package has no examples")

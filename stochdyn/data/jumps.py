@@ -151,6 +151,30 @@ class Jumps(AbstractPopulation):
             values[k, : len(part), : part.shape[1]] = part
         return cls(values, t0, t1, **named)
 
+    @classmethod
+    def of_times(cls, series: Series, t0: Any = 0.0, t1: Any = None) -> Self:
+        """The times at which series were observed, as jumps: when somebody looked may be data too.
+
+        A time at which no channel was observed is none. Labels, groups and the place in the population stay.
+
+        Args:
+            series: of which the times are taken.
+            t0, t1: the window in which a time could have been, for all or (series,).
+
+        Raises:
+            TimeError: if an observed time is outside the window.
+
+        Example:
+            >>> import stochdyn as sd
+            >>> series = sd.Series.from_list([([0.2, 0.7], [[1.0], [2.0]]), ([0.4], [[3.0]])])
+            >>> sd.Jumps.of_times(series, 0.0, 1.0).times.tolist()
+            [[0.2, 0.7], [0.4, inf]]
+        """
+        seen = series.mask.any(-1)
+        times = torch.where(seen, series.times, float("inf")).sort(-1).values[:, : int(seen.sum(-1).max())]
+        kept = {name: getattr(series, name) for name in ("index", "population", "_ids", "_groups", "_whole")}
+        return cls(times[..., None], t0, t1, ids=series.ids)._with(**kept)
+
     @property
     def times(self) -> Tensor:
         """(series, max_jumps), inf where unused."""

@@ -14,6 +14,7 @@ from stochdyn.paths.mixture_message import MixtureMessage
 from stochdyn.paths.ode import odeint
 from stochdyn.paths.points import (
     AbstractPointProcess,
+    CoxProcess,
     Hawkes,
     History,
     Inversion,

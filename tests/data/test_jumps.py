@@ -128,3 +128,15 @@ def test_rounding_to_single_precision_is_checked():
     with pytest.raises(sd.TimeError, match="twice"):
         jumps.to(torch.float32)
     assert sd.Jumps.from_list([[0.5]], t1=1.0).to(torch.float32).values.dtype == torch.float32
+
+
+def test_the_times_of_a_series_are_jumps_of_the_same_population():
+    series = sd.Series.from_list(
+        [([0.2, 0.5, 0.7], [[1.0], [0.0], [2.0]], [True, False, True]), ([0.4], [[3.0]])],
+        ids=["Ada", "Bo"],
+    )
+    part = sd.Jumps.of_times(series[[1, 0]], 0.0, 1.0)
+    assert part.times.tolist() == [[0.4, math.inf], [0.2, 0.7]]
+    assert part.index.tolist() == [1, 0] and part.population == 2 and list(part.ids) == ["Bo", "Ada"]
+    with pytest.raises(sd.TimeError, match="series Ada"):
+        sd.Jumps.of_times(series, 0.0, 0.6)

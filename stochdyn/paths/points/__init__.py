@@ -2,6 +2,7 @@
 
 from stochdyn.paths.points.base import AbstractPointProcess
 from stochdyn.paths.points.correcting import SelfCorrecting
+from stochdyn.paths.points.cox import CoxProcess
 from stochdyn.paths.points.general import History, PointProcess
 from stochdyn.paths.points.hawkes import Hawkes
 from stochdyn.paths.points.jump_ode import JumpODE
@@ -12,6 +13,7 @@ from stochdyn.paths.points.simulate import AbstractSampler, Inversion, Thinning
 __all__ = [
     "AbstractPointProcess",
     "AbstractSampler",
+    "CoxProcess",
     "Hawkes",
     "History",
     "Inversion",

@@ -177,11 +177,15 @@ class JumpODE(AbstractPointProcess):
         t, dt = t.to(self.initial)[..., None], dt.to(self.initial)[..., None]
         return self.flow.over(t, dt, self._context(t))
 
-    def _advance(self, t: Tensor, dt: Tensor, z: Tensor) -> Tensor:
-        """One step of the solver, for t and dt (*batch,)."""
-        return self.solver.mean(
-            lambda s, y: self._call(self.flow, s, y), t.to(z)[..., None], dt.to(z)[..., None], z
-        )
+    def _advance(self, t: Tensor, dt: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the solver, for t and dt (*batch,); and the slope at its start, which the solver needs too."""
+        at = t.to(z)[..., None]
+        slope = self._call(self.flow, at, z)
+
+        def flow(s: Tensor, y: Tensor) -> Tensor:
+            return slope if s is at and y is z else self._call(self.flow, s, y)
+
+        return self.solver.mean(flow, at, dt.to(z)[..., None], z), slope.expand(z.shape)
 
     def _at(self, state: State, t: Tensor) -> Tensor:
         """z at t (row, *batch) inside the pieces that start at the rows' own times."""
@@ -197,18 +201,20 @@ class JumpODE(AbstractPointProcess):
         z = self.initial.expand(*t.shape[1:], self.initial.shape[-1])
         if isinstance(self.flow, AbstractLinearFlow):
             return Rows((t, self._linear(t, dt, z, jumps)), t.dim() - 1)
-        starts, ends = [], []
+        starts, ends, slopes = [], [], []
         for k in range(len(t)):
             starts.append(z)
-            ends.append(self._advance(t[k], dt[k], z))
+            end, slope = self._advance(t[k], dt[k], z)
+            ends.append(end)
+            slopes.append(slope)
             if k < len(jumps.times):
-                z = self._jump(jumps.times[k], ends[-1], jumps.marks[k], jumps.real[k])
-        return self._solved(t, torch.stack(starts), dt, torch.stack(ends))
+                z = self._jump(jumps.times[k], end, jumps.marks[k], jumps.real[k])
+        return self._solved(t, torch.stack(starts), dt, torch.stack(ends), torch.stack(slopes))
 
-    def _solved(self, t: Tensor, z: Tensor, dt: Tensor, end: Tensor) -> Rows:
-        """Pieces of length dt from z at t to `end`, with the slopes at both."""
-        slopes = (self._call(self.flow, s.to(y)[..., None], y) for s, y in ((t, z), (t + dt, end)))
-        return Rows((t, z, dt, end, *(f.expand(z.shape) for f in slopes)), t.dim() - 1)
+    def _solved(self, t: Tensor, z: Tensor, dt: Tensor, end: Tensor, slope: Tensor) -> Rows:
+        """Pieces of length dt from z at t, with this slope there, to `end`, with the slope there too."""
+        last = self._call(self.flow, (t + dt).to(end)[..., None], end)
+        return Rows((t, z, dt, end, slope, last.expand(z.shape)), t.dim() - 1)
 
     def _linear(self, t: Tensor, dt: Tensor, z: Tensor, jumps: Occurrences) -> Tensor:
         """(row, *batch, state) z at the start of every piece."""
@@ -254,7 +260,7 @@ class JumpODE(AbstractPointProcess):
             return state
         z = state.parts[1] if len(state.parts) == 2 else self._at(state, t)
         dt = torch.minimum(self.step.to(t), self.t1.to(t) - t).expand(t.shape)
-        return self._solved(t, z, dt, self._advance(t, dt, z))
+        return self._solved(t, z, dt, *self._advance(t, dt, z))
 
     def _until(self, state: State, now: Tensor, end: Tensor) -> Tensor:
         return end if len(state.parts) == 2 else torch.minimum(end, now + state.parts[2])

@@ -15,6 +15,9 @@ PROCESSES = {
     "poisson": lambda: sd.PoissonProcess(1.5, 0.0, END),
     "log-linear": lambda: sd.PoissonProcess(0.7, 0.0, END, slope=0.4),
     "any": lambda: sd.PoissonProcess(lambda t: 1.5 + torch.sin(3 * t), 0.0, END),
+    "on a grid": lambda: sd.CoxProcess(
+        torch.tensor([0.3, -0.5, 0.9, 0.9], dtype=F64), torch.tensor([0.0, 0.6, 2.5, END], dtype=F64)
+    ),
     "hawkes": lambda: sd.Hawkes(0.5, 0.8, 1.6, 0.0, END),
     "self-correcting": lambda: sd.SelfCorrecting(1.0, 0.4, 0.0, END),
     "general": lambda: sd.PointProcess(lambda t, h: 0.5 + h.sum(lambda s: s * torch.exp(-2 * s)), 0.0, END),
