@@ -10,8 +10,8 @@ from pyro.infer import Trace_ELBO
 
 import stochdyn as sd
 from stochdyn.inference import loop
-from tests.test_models import waves
 from tests.test_synchronisation import CASES, Normal, Y, no_guide
+from tests.waves import waves
 
 MODELS = {
     "latent SDE, messages": lambda: sd.LatentSDE(2, 2, hidden=8, noise=0.5),
