@@ -2,5 +2,6 @@
 
 from stochdyn.models.latent_ode import LatentODE
 from stochdyn.models.latent_sde import LatentSDE
+from stochdyn.models.observation_jump_ode import ObservationJumpODE
 
-__all__ = ["LatentODE", "LatentSDE"]
+__all__ = ["LatentODE", "LatentSDE", "ObservationJumpODE"]
