@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.data import Series
+from stochdyn.data.checks import as_real
 from stochdyn.decoders import AbstractDecoder, AnchoredDecoder, NormalDecoder
-from stochdyn.errors import ShapeError
+from stochdyn.errors import ShapeError, TimeError
 from stochdyn.fields import MLP, GRUFlow, GRUJump, Memory, MemoryFlow
+from stochdyn.guides.empty import EmptyGuide
 from stochdyn.models.ahead import OneStepAhead
 from stochdyn.models.past import Past
 from stochdyn.paths.observation_jumps import ObservationJumps
@@ -39,6 +41,8 @@ class ObservationJumpODE(nn.Module):
             density. For series that start at a known value.
         start: h at the first time of a series: a tensor (hidden,), or a parameter; by default learned from zero.
         solver: of the flow over one gap: fixed steps, `RungeKutta4(substeps)`, `Heun(substeps)`, or `Dopri5()`.
+        dt: the longest piece of a gap that the solver takes at once, for gaps of very different lengths and forecasts
+            far ahead; by default whole gaps.
 
     Shapes:
         flow: t (*batch, 1), h (*batch, hidden), context (*batch, covariate). jump: as these, y and mask
@@ -48,6 +52,8 @@ class ObservationJumpODE(nn.Module):
     Raises:
         ShapeError: if a batch has another number of channels or covariates.
         FieldError: if a jump returns another shape.
+        DivergedError: if the state leaves the finite numbers in a gap, naming its time.
+        TimeError: if `dt` is not positive.
 
     References:
         Rubanova, Chen & Duvenaud, "Latent ODEs for irregularly-sampled time series", 2019,
@@ -79,6 +85,7 @@ class ObservationJumpODE(nn.Module):
         given_first: bool = False,
         start: Tensor | None = None,
         solver: AbstractODESolver = RungeKutta4(2),  # noqa: B008
+        dt: float | None = None,
     ) -> None:
         super().__init__()
         if min(obs_dim, hidden) < 1 or covariates < 0:
@@ -86,12 +93,16 @@ class ObservationJumpODE(nn.Module):
             raise ShapeError(
                 f"ObservationJumpODE: channels and hidden must be at least 1, covariates 0. Got {got}."
             )
+        if dt is not None and not 0 < dt < float("inf"):
+            raise TimeError(
+                f"ObservationJumpODE: `dt` must be positive and finite, got {dt}. It is the longest step."
+            )
         if anchored and decoder is not None:
             raise ShapeError(
                 "ObservationJumpODE takes anchored=True or a decoder. An AnchoredDecoder is one: drop the other."
             )
         self.obs_dim, self.hidden, self.covariates, self.solver = obs_dim, hidden, covariates, solver
-        self.given_first = given_first
+        self.given_first, self.dt = given_first, dt
         self.decoder = decoder or (AnchoredDecoder if anchored else _normal)(hidden, obs_dim)
         if flow is None and isinstance(self.decoder, AnchoredDecoder):
             flow = MemoryFlow(hidden, obs_dim, context_dim=covariates)
@@ -101,10 +112,12 @@ class ObservationJumpODE(nn.Module):
             self.start = nn.Parameter(torch.zeros(hidden)) if start is None else start
         else:
             self.register_buffer("start", start)
+        self._guide = (EmptyGuide(self),)
 
-    @staticmethod
-    def guide(batch: Series) -> None:
-        """The guide: there are no latents."""
+    @property
+    def guide(self) -> EmptyGuide:
+        """The guide, which samples nothing: there are no latents."""
+        return self._guide[0]
 
     def forward(self, batch: Series) -> Tensor:
         ahead = self.one_step_ahead(batch)
@@ -154,7 +167,7 @@ class ObservationJumpODE(nn.Module):
             True
         """
         past = self._past(batch)
-        times = batch.times if ts is None else torch.as_tensor(ts)
+        times = batch.times if ts is None else as_real("ts", ts)
         times = times.to(batch.values.device, torch.float64)
         if times.dim() > 2 or times.dim() < 1 or (times.dim() == 2 and len(times) != len(batch)):
             raise ShapeError(
@@ -168,7 +181,7 @@ class ObservationJumpODE(nn.Module):
 
     def _past(self, batch: Series) -> Past:
         self._check(batch)
-        jumps = ObservationJumps(self.flow, self.jump, self.solver)
+        jumps = ObservationJumps(self.flow, self.jump, self.solver, self.dt)
         start = self.start.expand(len(batch), -1)
         return Past.of(batch, jumps, self._decode, start, with_covariates=self.covariates > 0)
 

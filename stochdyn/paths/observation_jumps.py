@@ -1,13 +1,15 @@
 """A state that flows between observations and jumps at them: the one loop of the model and of the encoder."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stochdyn.errors import FieldError
+from stochdyn.device import readable
+from stochdyn.errors import DivergedError, FieldError
 from stochdyn.fields import AbstractLinearFlow, AbstractMemoryFlow, Memory
 from stochdyn.solvers import AbstractODESolver
 
@@ -60,6 +62,7 @@ class ObservationJumps:
         flow: `(t, h[, context])`, an `AbstractMemoryFlow`, or an `AbstractLinearFlow`.
         jump: `(t, h, y, mask, seen[, context])`.
         solver: of the flow, over one gap.
+        dt: the longest piece of a gap that the solver takes at once; None for whole gaps.
 
     Example:
         >>> import stochdyn as sd
@@ -72,6 +75,7 @@ class ObservationJumps:
     flow: Any
     jump: Any
     solver: AbstractODESolver
+    dt: float | None = None
 
     def between(
         self, t: Tensor, dt: Tensor, h: Tensor, memory: Memory, context: Tensor | None = None
@@ -81,7 +85,6 @@ class ObservationJumps:
         if isinstance(self.flow, AbstractLinearFlow):
             decay, shift = self.flow.over(t.to(h.dtype), dt.to(h.dtype), *more)
             return decay * h + shift, memory.later(dt.to(h.dtype))
-        times = torch.stack([torch.zeros_like(dt), dt])
 
         def slope(since: Tensor, h: Tensor) -> Tensor:
             now = t.to(h.dtype) + since
@@ -89,7 +92,20 @@ class ObservationJumps:
                 return self.flow(now, h, memory.later(since), *more)
             return self.flow(now, h, *more)
 
-        return self.solver.solve(slope, h, times)[-1], memory.later(dt.to(h.dtype))
+        start = h
+        for ends in self._pieces(dt):
+            h = self.solver.solve(slope, h, ends)[-1]
+        _check_finite(start, h, t, dt)
+        return h, memory.later(dt.to(h.dtype))
+
+    def _pieces(self, dt: Tensor) -> Iterator[Tensor]:
+        """The ends (2, *batch, 1) of pieces no longer than `self.dt`; a batch goes on to its longest gap's end."""
+        if self.dt is None:
+            yield torch.stack([torch.zeros_like(dt), dt])
+            return
+        for k in range(max(math.ceil(float(dt.max()) / self.dt - 1e-9), 1)):
+            last = math.inf if float(dt.max()) <= (k + 1 + 1e-9) * self.dt else (k + 1) * self.dt
+            yield torch.stack([dt.clamp(max=k * self.dt), dt.clamp(max=last)])
 
     def to_row(self, rows: Readings, k: int, h: Tensor, memory: Memory) -> State:
         """State and memory just before a row, from those just after the row before."""
@@ -122,6 +138,18 @@ class ObservationJumps:
             after.append(state)
         (first, known), (last, learned) = _stacked(before), _stacked(after)
         return Trail(first, last, known, learned)
+
+
+def _check_finite(start: Tensor, h: Tensor, t: Tensor, dt: Tensor) -> None:
+    if not torch.distributions.Distribution._validate_args or not readable(h):
+        return
+    bad = ~h.isfinite().all(-1) & start.isfinite().all(-1)
+    if bool(bad.any()):
+        at = tuple(bad.nonzero()[0].tolist())
+        raise DivergedError(
+            f"The state leaves the finite numbers in the gap of {float(dt[at]):g} after time {float(t[at]):g}. "
+            "Bound the step by dt=, take more substeps, or measure time so that gaps are near 1."
+        )
 
 
 def _stacked(rows: list[State]) -> State:
