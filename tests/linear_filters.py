@@ -48,7 +48,14 @@ class MeanAndVariance(nn.Module):
 def exact_processes(jump=known):
     start = torch.cat([MU, SIGMA**2 / (2 * THETA)])
     return sd.ObservationJumpODE(
-        2, 4, flow=Moments(), jump=AsModule(jump), decoder=MeanAndVariance(), start=start, solver=SOLVER
+        2,
+        4,
+        flow=Moments(),
+        jump=AsModule(jump),
+        decoder=MeanAndVariance(),
+        start=start,
+        solver=SOLVER,
+        dt=None,
     )
 
 
@@ -104,7 +111,7 @@ def stationary():
 def kalman_filter(jump=update):
     start = torch.cat([torch.zeros(2, dtype=F64), stationary().flatten()])
     return sd.ObservationJumpODE(
-        2, 6, flow=KalmanBucy(), jump=AsModule(jump), decoder=Seen(), start=start, solver=SOLVER
+        2, 6, flow=KalmanBucy(), jump=AsModule(jump), decoder=Seen(), start=start, solver=SOLVER, dt=None
     )
 
 

@@ -41,8 +41,8 @@ class ObservationJumpODE(nn.Module):
             density. For series that start at a known value.
         start: h at the first time of a series: a tensor (hidden,), or a parameter; by default learned from zero.
         solver: of the flow over one gap: fixed steps, `RungeKutta4(substeps)`, `Heun(substeps)`, or `Dopri5()`.
-        dt: the longest piece of a gap that the solver takes at once, for gaps of very different lengths and forecasts
-            far ahead; by default whole gaps.
+        dt: the longest piece of a gap that the solver takes at once, in units of time in which a typical gap should be
+            near 1; None for whole gaps, however long.
 
     Shapes:
         flow: t (*batch, 1), h (*batch, hidden), context (*batch, covariate). jump: as these, y and mask
@@ -53,7 +53,7 @@ class ObservationJumpODE(nn.Module):
         ShapeError: if a batch has another number of channels or covariates.
         FieldError: if a jump returns another shape.
         DivergedError: if the state leaves the finite numbers in a gap, naming its time.
-        TimeError: if `dt` is not positive.
+        TimeError: if `dt` is not positive, or a gap would need more than 10,000 pieces of it.
 
     References:
         Rubanova, Chen & Duvenaud, "Latent ODEs for irregularly-sampled time series", 2019,
@@ -85,7 +85,7 @@ class ObservationJumpODE(nn.Module):
         given_first: bool = False,
         start: Tensor | None = None,
         solver: AbstractODESolver = RungeKutta4(2),  # noqa: B008
-        dt: float | None = None,
+        dt: float | None = 1.0,
     ) -> None:
         super().__init__()
         if min(obs_dim, hidden) < 1 or covariates < 0:
@@ -200,5 +200,10 @@ class ObservationJumpODE(nn.Module):
 
 
 def _normal(hidden: int, obs_dim: int) -> NormalDecoder:
-    """Mean and scale read off h."""
-    return NormalDecoder(MLP(hidden, obs_dim, (hidden,)), obs_dim, scale=MLP(hidden, obs_dim, (hidden,)))
+    """Mean and scale read off h; the scale can neither vanish nor explode."""
+    log_scale = MLP(hidden, obs_dim, (hidden,), final=_bounded)
+    return NormalDecoder(MLP(hidden, obs_dim, (hidden,)), obs_dim, scale=log_scale)
+
+
+def _bounded(x: Tensor) -> Tensor:
+    return 10 * torch.tanh(x / 10)

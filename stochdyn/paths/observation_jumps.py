@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from stochdyn.device import readable
-from stochdyn.errors import DivergedError, FieldError
+from stochdyn.errors import DivergedError, FieldError, TimeError
 from stochdyn.fields import AbstractLinearFlow, AbstractMemoryFlow, Memory
 from stochdyn.solvers import AbstractODESolver
 
 Predict = Callable[[Tensor, Memory], Any]
 State = tuple[Tensor, Memory]
+MAX_PIECES = 10_000
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,14 @@ class ObservationJumps:
     dt: float | None = None
 
     def between(
-        self, t: Tensor, dt: Tensor, h: Tensor, memory: Memory, context: Tensor | None = None
+        self,
+        t: Tensor,
+        dt: Tensor,
+        h: Tensor,
+        memory: Memory,
+        context: Tensor | None = None,
+        *,
+        longest: float | None = None,
     ) -> State:
         """State and memory a time dt after t, both (*batch, 1) in float64, without a jump."""
         more = () if context is None else (context,)
@@ -93,24 +101,35 @@ class ObservationJumps:
             return self.flow(now, h, *more)
 
         start = h
-        for ends in self._pieces(dt):
+        for ends in self._pieces(dt, longest):
             h = self.solver.solve(slope, h, ends)[-1]
         _check_finite(start, h, t, dt)
         return h, memory.later(dt.to(h.dtype))
 
-    def _pieces(self, dt: Tensor) -> Iterator[Tensor]:
-        """The ends (2, *batch, 1) of pieces no longer than `self.dt`; a batch goes on to its longest gap's end."""
+    def _pieces(self, dt: Tensor, longest: float | None) -> Iterator[Tensor]:
+        """The ends (2, *batch, 1) of pieces no longer than `self.dt`; there are as many as the longest gap needs."""
         if self.dt is None:
             yield torch.stack([torch.zeros_like(dt), dt])
             return
-        for k in range(max(math.ceil(float(dt.max()) / self.dt - 1e-9), 1)):
-            last = math.inf if float(dt.max()) <= (k + 1 + 1e-9) * self.dt else (k + 1) * self.dt
+        longest = float(dt.max()) if longest is None else longest
+        pieces = max(math.ceil(longest / self.dt - 1e-9), 1) if math.isfinite(longest) else 1
+        if pieces > MAX_PIECES:
+            raise TimeError(
+                f"A gap of {longest:g} would be cut into {pieces} pieces of at most dt={self.dt:g}. Measure time in a "
+                "unit in which a typical gap is near 1, or take a longer dt."
+            )
+        for k in range(pieces):
+            last = math.inf if k + 1 == pieces else (k + 1) * self.dt
             yield torch.stack([dt.clamp(max=k * self.dt), dt.clamp(max=last)])
 
-    def to_row(self, rows: Readings, k: int, h: Tensor, memory: Memory) -> State:
-        """State and memory just before a row, from those just after the row before."""
+    def to_row(
+        self, rows: Readings, k: int, h: Tensor, memory: Memory, longest: float | None = None
+    ) -> State:
+        """State and memory just before a row, from those just after the row before; `longest` is the longest gap."""
         times, context = rows.times[..., None], None if rows.context is None else rows.context[:, k - 1]
-        return self.between(times[:, k - 1], times[:, k] - times[:, k - 1], h, memory, context)
+        return self.between(
+            times[:, k - 1], times[:, k] - times[:, k - 1], h, memory, context, longest=longest
+        )
 
     def jumped(
         self, t: Tensor, h: Tensor, memory: Memory, reading: tuple[Tensor, ...], predict: Any
@@ -130,9 +149,11 @@ class ObservationJumps:
     def run(self, h: Tensor, rows: Readings, predict: Predict | None = None) -> Trail:
         """Through all rows, from h (series, hidden) just before the first one."""
         state = (h, Memory.empty(h, rows.values.shape[-1]))
+        # Looked at once: an accelerator is waited for at every look.
+        gaps = [] if self.dt is None else rows.times.diff(dim=1).amax(0).tolist()
         before, after = [], []
         for k in range(rows.times.shape[1]):
-            state = self.to_row(rows, k, *state) if k else state
+            state = self.to_row(rows, k, *state, gaps[k - 1] if gaps else None) if k else state
             before.append(state)
             state = self.jumped(rows.times[:, k, None], *state, rows.at(k), predict)
             after.append(state)

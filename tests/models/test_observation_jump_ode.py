@@ -229,16 +229,16 @@ def test_a_time_before_the_start_is_named(ts):
 
 def test_a_long_gap_is_cut_into_pieces_and_named_where_it_diverges():
     batch = ragged()
-    far = small(flow=AsModule(lambda t, h: 0.3 * h)).double()
+    far = small(flow=AsModule(lambda t, h: 0.3 * h), dt=None).double()
     with pytest.raises(
         sd.DivergedError, match=r"in the gap of 1e\+80 after time \d\.\d+. Bound the step by dt="
     ):
         far.predictive(batch, [1e80])
-    model, cut = small().double(), small(dt=0.25).double()
+    model, cut = small(dt=None).double(), small(dt=0.25).double()
     with torch.no_grad():
         for m in (model, cut):
             m.flow.candidate.weight.mul_(3)
-    fine = small(solver=sd.RungeKutta4(400)).double()
+    fine = small(solver=sd.RungeKutta4(400), dt=None).double()
     fine.load_state_dict(model.state_dict())
     exact = fine.predictive(batch, [40.0]).mean
     assert worst(cut.predictive(batch, [40.0]).mean, exact) < 1e-5

@@ -32,6 +32,12 @@ def add(t, h, y, mask, seen):
     return h + 10 * y
 
 
+def test_times_in_the_wrong_unit_are_named():
+    seconds = rows(times=(0.0, 3600.0, 86400.0))
+    with pytest.raises(sd.TimeError, match="gap of 82800 would be cut into 82800 pieces of at most dt=1"):
+        ObservationJumps(Clock(), add, sd.Euler(), dt=1.0).run(torch.zeros(1, 1, dtype=F64), seconds)
+
+
 @pytest.mark.parametrize("mask", [(1.0, 0.0, 1.0), (1.0, 1.0, 1.0)])
 def test_it_flows_by_time_and_memory_and_jumps_where_observed(mask):
     start = torch.zeros(1, 1, dtype=F64)
@@ -81,13 +87,13 @@ def test_the_context_of_a_row_acts_after_it():
 
 def test_pieces_are_no_longer_than_dt_and_end_with_each_gap():
     gaps = torch.tensor([[0.0], [0.25], [0.3], [1.0]], dtype=F64)
-    parts = ObservationJumps(Clock(), add, sd.Euler(), dt=0.25)._pieces(gaps)
+    parts = ObservationJumps(Clock(), add, sd.Euler(), dt=0.25)._pieces(gaps, None)
     lengths = torch.stack([b - a for a, b in parts])[..., 0].T
     expected = [[0.0] * 4, [0.25, 0, 0, 0], [0.25, 0.05, 0, 0], [0.25] * 4]
     torch.testing.assert_close(lengths, torch.tensor(expected, dtype=F64))
-    whole = list(ObservationJumps(Clock(), add, sd.Euler())._pieces(gaps))
+    whole = list(ObservationJumps(Clock(), add, sd.Euler())._pieces(gaps, None))
     assert len(whole) == 1 and torch.equal(whole[0][1], gaps)
-    assert len(list(ObservationJumps(Clock(), add, sd.Euler(), dt=0.1)._pieces(gaps[2:3]))) == 3
+    assert len(list(ObservationJumps(Clock(), add, sd.Euler(), dt=0.1)._pieces(gaps[2:3], 0.3))) == 3
 
 
 def test_closed_forms_and_solvers_agree():

@@ -1,0 +1,197 @@
+# %% [markdown]
+# # Now and then one of two gauges is read: what comes next, and how sure may I be?
+#
+# In a harbour basin the water sloshes. Level and current belong together, but there is one instrument for both, so
+# every reading is of one of them, at irregular times, with an error. From what was read so far we want both at any
+# time, with honest intervals, and the probability that the level passes a mark within the next hours. Nobody tells the
+# model how water moves: `ObservationJumpODE` learns a state that flows between readings and jumps at them. The data are
+# simulated by a linear stochastic equation, for which the Kalman-Bucy filter knows the best possible answer. It is an
+# `ObservationJumpODE` too, with flow and jump written by hand: the yardstick.
+
+# %%
+import argparse
+import time
+from pathlib import Path
+
+import matplotlib as mpl
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+import stochdyn as sd
+
+A = torch.tensor([[-0.15, -1.2], [1.2, -0.15]])
+NOISE, ERROR, MARK = 0.35, 0.1, 0.9
+NAMES = ["level", "current"]
+AHEAD = torch.linspace(0, 4, 17)[1:]
+
+
+# %% [markdown]
+# The truth, stationary, by exact steps: the matrix is a rotation that decays, so every step has the same noise in all
+# directions.
+
+
+# %%
+def stationary() -> float:
+    """The variance of both coordinates."""
+    return NOISE**2 / (2 * -float(A[0, 0]))
+
+
+def simulate(basins: int, readings: int) -> tuple[sd.Series, Tensor, Tensor]:
+    """Readings of one gauge at a time, and the states at them and at the times `AHEAD` of the last one."""
+    times = (0.1 + 2 * torch.rand(basins, readings, dtype=torch.float64) ** 3).cumsum(-1)
+    every = torch.cat([times, times[:, -1:] + AHEAD], -1)
+    z = [stationary() ** 0.5 * torch.randn(basins, 2)]
+    for dt in every.diff(dim=-1).float().unbind(-1):
+        spread = (stationary() * (1 - (2 * A[0, 0] * dt).exp())).sqrt()[:, None]
+        moved = torch.linalg.matrix_exp(A * dt[:, None, None]) @ z[-1][..., None]
+        z.append(moved[..., 0] + spread * torch.randn(basins, 2))
+    states = torch.stack(z, 1)
+    which = torch.rand(basins, readings) < 0.5
+    mask = torch.stack([which, ~which], -1)
+    seen = states[:, :readings]
+    values = seen + ERROR * torch.randn_like(seen)
+    return sd.Series(times, values, mask, channels=NAMES), states[:, :readings], states[:, readings:]
+
+
+# %% [markdown]
+# The yardstick. Its state is the mean and the covariance of what is hidden. Between readings they follow their moment
+# equations; a reading is Kalman's update. Nothing is learned.
+
+
+# %%
+class MomentEquations(nn.Module):
+    def forward(self, t: Tensor, h: Tensor) -> Tensor:
+        P = h[..., 2:].unflatten(-1, (2, 2))
+        return torch.cat([h[..., :2] @ A.mT, (A @ P + P @ A.mT + NOISE**2 * torch.eye(2)).flatten(-2)], -1)
+
+
+class KalmanUpdate(nn.Module):
+    def forward(self, t: Tensor, h: Tensor, y: Tensor, mask: Tensor, seen: dist.Normal) -> Tensor:
+        m, P = h[..., :2], h[..., 2:].unflatten(-1, (2, 2))
+        for c in range(2):
+            gain = P[..., c] / (P[..., c, c] + ERROR**2)[..., None] * mask[..., c, None]
+            m = m + gain * (y[..., c] - m[..., c])[..., None]
+            P = P - gain[..., None] * P[..., c, None, :]
+        return torch.cat([m, P.flatten(-2)], -1)
+
+
+class Reading(nn.Module):
+    def forward(self, h: Tensor) -> dist.Normal:
+        return dist.Normal(h[..., :2], (h[..., [2, 5]] + ERROR**2).sqrt())
+
+
+def kalman() -> sd.ObservationJumpODE:
+    start = torch.tensor([0.0, 0.0, stationary(), 0.0, 0.0, stationary()])
+    parts = {"flow": MomentEquations(), "jump": KalmanUpdate(), "decoder": Reading()}
+    return sd.ObservationJumpODE(2, 6, start=start, solver=sd.RungeKutta4(4), **parts)
+
+
+# %% [markdown]
+# The learned model has all defaults but the solver: a cheaper one, with the shorter steps that it needs.
+
+
+# %%
+def learned(data: sd.Series, steps: int) -> sd.ObservationJumpODE:
+    model = sd.ObservationJumpODE(2, 32, solver=sd.Heun(1), dt=0.25)
+    sd.fit(model, model.guide, data, steps=steps, batch_size=min(100, len(data)), lr=1e-2, progress=False)
+    return model.eval()
+
+
+def score(model: sd.ObservationJumpODE, data: sd.Series) -> float:
+    """The log likelihood of a reading, given those before."""
+    seen = model.one_step_ahead(data)
+    return float(seen.log_prob(data.values)[data.mask].mean())
+
+
+def ahead(model: sd.ObservationJumpODE, data: sd.Series, draws: int) -> tuple[Tensor, Tensor]:
+    """Draws of the readings at `AHEAD` after the last one: joint, and of every time by itself.
+
+    Every basin has its own last time, so they are forecast one after the other.
+    """
+    joint, single = [], []
+    for k in range(len(data)):
+        ts = data.times[k, -1] + AHEAD
+        found = sd.predict((model, model.guide), data[[k]], ts=ts, draws=draws, seed=k)
+        joint.append(found.observations[:, 0, -len(AHEAD) :])
+        single.append(model.predictive(data[[k]], ts).sample((draws,))[:, 0])
+    return torch.stack(joint, 1), torch.stack(single, 1)
+
+
+# %%
+def intervals(model: sd.ObservationJumpODE, data: sd.Series, truth: Tensor) -> str:
+    """How often 90 % intervals of the reading hold it, and their width."""
+    seen = model.predictive(data, data.times[:, -1:] + AHEAD)
+    reading = truth + ERROR * torch.randn_like(truth)
+    half = 1.645 * seen.variance.sqrt()
+    inside = ((reading - seen.mean).abs() <= half).float()
+    return f"{inside.mean():.1%}, width {2 * half.mean():.2f}"
+
+
+def brier(draws: Tensor, came: Tensor) -> tuple[float, float]:
+    """Of whether the reading of the level passes the mark within 4 hours: score, and mean probability."""
+    passed = (came[..., 0] > MARK).any(-1).float()
+    chance = (draws[..., 0] > MARK).any(-1).float().mean(0)
+    return float((chance - passed).square().mean()), float(chance.mean())
+
+
+def show(model: sd.ObservationJumpODE, data: sd.Series, truth: Tensor, draws: Tensor, out: Path) -> None:
+    """One basin: what is known at every time, and five of the draws that follow the last reading."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+    last = float(data.times[0, -1])
+    ts = torch.linspace(float(data.times[0, 0]), last + 4, 600, dtype=torch.float64)
+    known = model.predictive(data[[0]], ts)
+    mean, half = known.mean[0], 1.645 * known.variance.sqrt()[0]
+    for c, axis in enumerate(axes):
+        axis.fill_between(
+            ts, mean[:, c] - half[:, c], mean[:, c] + half[:, c], color="#1f6f8b", alpha=0.25, lw=0
+        )
+        axis.plot(ts, mean[:, c], color="#1f6f8b", lw=1.2, label="what is known, 90 %")
+        at = data.mask[0, :, c]
+        axis.plot(data.times[0, at], data.values[0, at, c], "o", ms=4, color="#22262b", label="read")
+        axis.plot(last + AHEAD, truth[0, :, c], "x", ms=5, color="#c8553d", label="came to be")
+        axis.plot(last + AHEAD, draws[:5, 0, :, c].T, color="#7a828c", lw=0.7)
+        axis.axvline(last, color="#7a828c", lw=0.8, ls=":")
+        axis.set_ylabel(NAMES[c])
+    axes[0].axhline(MARK, color="#c8553d", lw=0.8)
+    axes[0].legend(loc="upper left", ncols=3, frameon=False)
+    axes[1].set_xlabel("hours")
+    out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "observation_jumps.png", dpi=150)
+    print(f"Wrote {out / 'observation_jumps.png'}")
+
+
+def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
+    mpl.use("Agg")
+    torch.set_num_threads(1)  # tensors this small are slower on several
+    torch.manual_seed(0)
+    basins, readings, steps, draws = (20, 8, 3, 20) if smoke else (600, 30, 500, 200)
+    data, _, _ = simulate(basins, readings)
+    others, _, truth = simulate(10 if smoke else 200, readings)
+    started = time.perf_counter()
+    models = {"learned": learned(data, steps), "Kalman": kalman()}
+    print(f"The fit took {time.perf_counter() - started:.0f} s")
+    with torch.no_grad():
+        for name, model in models.items():
+            print(f"{name:8s} log likelihood of a reading {score(model, others):.3f}")
+            print(f"{name:8s} 90 % intervals of the next 4 hours hold {intervals(model, others, truth)}")
+        noisy = truth + ERROR * torch.randn_like(truth)
+        passed = (noisy[..., 0] > MARK).any(-1).float().mean()
+        print(
+            f"The reading of the level passes {MARK:g} within 4 hours in {passed:.0%} of the basins; predicted:"
+        )
+        for name, model in models.items():
+            joint, single = ahead(model, others, draws)
+            for kind, drawn in (("drawn jointly", joint), ("time by time", single)):
+                error, chance = brier(drawn, noisy)
+                print(f"{name:8s} {kind:13s} in {chance:.0%} (Brier score {error:.3f})")
+            if name == "learned":
+                show(model, others, truth, joint, out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="One of two gauges read now and then: a state that jumps.")
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds, to see that it works")
+    main(parser.parse_args().smoke)
