@@ -169,7 +169,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     torch.manual_seed(0)
     basins, readings, steps, draws = (20, 8, 3, 20) if smoke else (600, 30, 500, 200)
     data, _, _ = simulate(basins, readings)
-    others, _, truth = simulate(10 if smoke else 200, readings)
+    others, _, truth = simulate(10 if smoke else 150, readings)
     started = time.perf_counter()
     models = {"learned": learned(data, steps), "Kalman": kalman()}
     print(f"The fit took {time.perf_counter() - started:.0f} s")

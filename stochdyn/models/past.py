@@ -100,28 +100,34 @@ class Past:
 
     def _fed_back(self, y: Tensor, fixed: Tensor, after: State) -> Tensor:
         """Draw what is not fixed one after the other, from the state after the last that is."""
-        n, series = y.shape[:2]
+        n, rows = len(y), self.readings
 
-        def spread(x: Tensor) -> Tensor:
-            return x.expand(n, *x.shape).flatten(0, 1)
+        def spread(x: Tensor, k: int) -> Tensor:
+            """(draw and series, ...) row k."""
+            return x[:, k].expand(n, *x[:, k].shape).flatten(0, 1)
 
-        first = self.trail.memory_before.apply(lambda x: spread(x[:, 0]))
-        state, y, free = (spread(self.trail.before[:, 0]), first), y.flatten(0, 1), spread(~fixed)[..., None]
-        rows, known = self.readings.apply(spread), (spread(after[0]), after[1].apply(spread))
-        out = []
-        for k in range(y.shape[1]):
-            value, there = y[:, k], (known[0][:, k], known[1].apply(lambda x, k=k: x[:, k]))
-            if bool(free[:, k].any()):
-                if k:
-                    state = self.jumps.to_row(rows, k, *state)
-                value = torch.where(free[:, k], self.predict(*state).sample().to(value.dtype), value)
-                fed = value.to(state[0].dtype)
-                reading = (fed, torch.ones_like(fed), *rows.at(k)[2:])
-                jumped = self.jumps.jumped(rows.times[:, k, None], *state, reading, self.predict)
-                there = _where(free[:, k], jumped, there)
-            state = there
-            out.append(value)
-        return torch.stack(out, 1).unflatten(0, (n, series))
+        def known(state: State, k: int) -> State:
+            return spread(state[0], k), state[1].apply(lambda x: spread(x, k))
+
+        out, state = list(y.unbind(2)), known((self.trail.before, self.trail.memory_before), 0)
+        times = rows.times[..., None]
+        for k in range(len(out)):
+            if bool(fixed[:, k].all()):
+                state = None  # it is known, and found where it is needed
+                continue
+            state = known(after, k - 1) if state is None else state
+            context = () if rows.context is None else (spread(rows.context, k),)
+            if k:
+                acting = None if rows.context is None else spread(rows.context, k - 1)
+                t = spread(times, k - 1)
+                state = self.jumps.between(t, spread(times, k) - t, *state, acting)
+            here, free = out[k].flatten(0, 1), ~spread(fixed[..., None], k)
+            value = torch.where(free, self.predict(*state).sample().to(here.dtype), here)
+            reading = (value.to(state[0].dtype), torch.ones_like(state[1].seen), *context)
+            jumped = self.jumps.jumped(spread(times, k), *state, reading, self.predict)
+            state = _where(free, jumped, known(after, k))
+            out[k] = value.unflatten(0, (n, -1))
+        return torch.stack(out, 2)
 
     def _picked(self, states: Tensor, memory: Memory) -> State:
         """Of the last row until each time of the batch."""

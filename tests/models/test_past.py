@@ -1,5 +1,6 @@
 """States between observations, against a loop over one series that knows nothing of rows and batches."""
 
+import pyro.distributions as dist
 import pytest
 import torch
 
@@ -75,10 +76,26 @@ def test_holes_have_no_gradient_and_observations_have_one(past):
     assert slope.any()
 
 
-def test_what_was_observed_is_not_fed_back(past):
-    """In the draws, what follows an observation is the same whatever was drawn before it."""
-    model, batch = past
+class Certain(torch.nn.Module):
+    def forward(self, h):
+        return dist.Normal(h[..., :2].sin(), 1e-12)
+
+
+def test_a_forecast_feeds_back_what_it_drew(past):
+    """With next to no noise in it, a draw is what the model says of a series in which it had been observed."""
+    torch.manual_seed(0)
+    model = sd.ObservationJumpODE(
+        2, 4, decoder=Certain(), jump=sd.ResetJump(2, 4), solver=sd.Heun(2)
+    ).double()
+    batch = past[1].extend([6.0, 6.5, 8.0])
     with torch.no_grad():
         y = model._past(batch).draw(3)
+        ahead = batch.times > batch.last_observed[:, None]
+        filled = batch._with(
+            values=torch.where(ahead[..., None], y[0], batch.values), mask=batch.mask | ahead[..., None]
+        )
+        expected = model.one_step_ahead(filled).mean
+        left = model.one_step_ahead(batch).mean
     assert y.shape == (3, *batch.values.shape)
-    assert torch.isfinite(y).all()
+    torch.testing.assert_close(y[:, ahead], expected[ahead].expand(3, -1, -1), rtol=0, atol=1e-8)
+    assert (y[0] - left)[:, -1].abs().max() > 1e-3
