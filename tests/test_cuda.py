@@ -17,6 +17,7 @@ MODELS = {
     "latent SDE, messages": lambda: sd.LatentSDE(2, 2, hidden=8, noise=0.5),
     "latent SDE, filter": lambda: sd.LatentSDE(2, 2, hidden=8, noise=0.5, paths=sd.FilterMessage(refine=1)),
     "latent SDE, posterior drift": lambda: sd.LatentSDE(2, 2, hidden=8, paths=sd.PosteriorDrift(hidden=(8,))),
+    "observation jumps": lambda: sd.ObservationJumpODE(2, 8),
     "latent ODE": lambda: sd.LatentODE(2, 2, hidden=8, noise=0.5),
     "latent ODE, adaptive": lambda: sd.LatentODE(2, 2, hidden=8, noise=0.5, solver=sd.Dopri5(1e-4, 1e-5)),
 }

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from stochdyn.data import Series
 from stochdyn.data.checks import as_real
 from stochdyn.decoders import AbstractDecoder, AnchoredDecoder, NormalDecoder
+from stochdyn.device import readable
 from stochdyn.errors import ShapeError, TimeError
 from stochdyn.fields import MLP, GRUFlow, GRUJump, Memory, MemoryFlow
 from stochdyn.guides.empty import EmptyGuide
@@ -102,7 +103,7 @@ class ObservationJumpODE(nn.Module):
                 "ObservationJumpODE takes anchored=True or a decoder. An AnchoredDecoder is one: drop the other."
             )
         self.obs_dim, self.hidden, self.covariates, self.solver = obs_dim, hidden, covariates, solver
-        self.given_first, self.dt = given_first, dt
+        self.given_first, self.dt, self._longest = given_first, dt, 0.0
         self.decoder = decoder or (AnchoredDecoder if anchored else _normal)(hidden, obs_dim)
         if flow is None and isinstance(self.decoder, AnchoredDecoder):
             flow = MemoryFlow(hidden, obs_dim, context_dim=covariates)
@@ -181,9 +182,12 @@ class ObservationJumpODE(nn.Module):
 
     def _past(self, batch: Series) -> Past:
         self._check(batch)
-        jumps = ObservationJumps(self.flow, self.jump, self.solver, self.dt)
+        jumps = ObservationJumps(self.flow, self.jump, self.solver, self.dt, self._longest)
         start = self.start.expand(len(batch), -1)
-        return Past.of(batch, jumps, self._decode, start, with_covariates=self.covariates > 0)
+        past = Past.of(batch, jumps, self._decode, start, with_covariates=self.covariates > 0)
+        if self.dt is not None and readable(past.rows.times) and past.rows.times.shape[1] > 1:
+            self._longest = max(self._longest, float(past.rows.times.diff(dim=1).max()))
+        return past
 
     def _check(self, batch: Series) -> None:
         if batch.obs_dim != self.obs_dim:

@@ -57,18 +57,18 @@ class Past:
     def before(self) -> State:
         """Just before each time of the batch (series, time, ...).
 
-        Where nothing was observed no likelihood depends on it: it has no gradient there.
+        Where nothing was observed no likelihood depends on it: it has no gradient there, and inside a fit on an
+        accelerator, where holes may not be looked for, it is left at that of the row before.
         """
         state = self._picked(self.trail.before, self.trail.memory_before)
-        if readable(self.holes) and not bool(self.holes.any()):
+        if not readable(self.holes) or not bool(self.holes.any()):
             return state
-        i, k = torch.where(self.holes) if readable(self.holes) else _everything(self.holes)
+        i, k = torch.where(self.holes)
         with torch.no_grad():
             h, memory = self._from_row(i, self.row[i, k], self.readings.times[i, k])
-        put = self.holes[i, k][:, None]
 
         def filled(x: Tensor, new: Tensor) -> Tensor:
-            return x.index_put((i, k), torch.where(put, new, x[i, k]))
+            return x.index_put((i, k), new)
 
         return filled(state[0], h), state[1].apply(filled, memory)
 
@@ -185,8 +185,3 @@ def _where(which: Tensor, here: State, there: State) -> State:
         return torch.where(which, a, b)
 
     return choose(here[0], there[0]), here[1].apply(choose, there[1])
-
-
-def _everything(like: Tensor) -> tuple[Tensor, Tensor]:
-    i, k = (torch.arange(size, device=like.device) for size in like.shape)
-    return i.repeat_interleave(len(k)), k.repeat(len(i))

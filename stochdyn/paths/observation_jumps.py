@@ -64,6 +64,7 @@ class ObservationJumps:
         jump: `(t, h, y, mask, seen[, context])`.
         solver: of the flow, over one gap.
         dt: the longest piece of a gap that the solver takes at once; None for whole gaps.
+        longest: a gap that none exceeds, for where numbers may not be looked at.
 
     Example:
         >>> import stochdyn as sd
@@ -77,6 +78,7 @@ class ObservationJumps:
     jump: Any
     solver: AbstractODESolver
     dt: float | None = None
+    longest: float = 0.0
 
     def between(
         self,
@@ -111,7 +113,8 @@ class ObservationJumps:
         if self.dt is None:
             yield torch.stack([torch.zeros_like(dt), dt])
             return
-        longest = float(dt.max()) if longest is None else longest
+        if longest is None:
+            longest = float(dt.max()) if readable(dt) else self.longest
         pieces = max(math.ceil(longest / self.dt - 1e-9), 1) if math.isfinite(longest) else 1
         if pieces > MAX_PIECES:
             raise TimeError(
@@ -149,8 +152,9 @@ class ObservationJumps:
     def run(self, h: Tensor, rows: Readings, predict: Predict | None = None) -> Trail:
         """Through all rows, from h (series, hidden) just before the first one."""
         state = (h, Memory.empty(h, rows.values.shape[-1]))
-        # Looked at once: an accelerator is waited for at every look.
-        gaps = [] if self.dt is None else rows.times.diff(dim=1).amax(0).tolist()
+        gaps = rows.times.diff(dim=1).amax(0) if self.dt is not None else None
+        if gaps is not None:  # looked at once: an accelerator is waited for at every look
+            gaps = gaps.tolist() if readable(gaps) else [self.longest] * len(gaps)
         before, after = [], []
         for k in range(rows.times.shape[1]):
             state = self.to_row(rows, k, *state, gaps[k - 1] if gaps else None) if k else state
