@@ -196,7 +196,7 @@ def test_observation_jumps(tmp_path, smoke):
     row = r"^(\S+) +log likelihood of a reading (-?\d\.\d+)$"
     found = dict(re.findall(row, printed, re.MULTILINE))
     assert float(found["learned"]) < float(found["Kalman"])
-    row = r"^(\S+) +(drawn jointly|time by time) +in \d+% \(Brier score 0\.\d+\)$"
+    row = r"^(\S+) +passes, (drawn jointly|time by time): in \d+% \(Brier score 0\.\d+\)$"
     kinds = ("drawn jointly", "time by time")
     assert re.findall(row, printed, re.MULTILINE) == [(m, k) for m in ("learned", "Kalman") for k in kinds]
     assert (tmp_path / "examples" / "output" / "observation_jumps.png").stat().st_size > 10_000
