@@ -76,7 +76,7 @@ def test_the_truth_has_the_optimal_loss_and_no_distance(module):
     x = batch.values[..., 0]
     right, wrong = (module.evaluated(process, Exact(batch, x, process, d), x, batch) for d in (0.0, 1.0))
     assert right["ratio"] == pytest.approx(1.0)
-    assert right["distance"] < 1e-20
+    assert right["distance"] < 1e-20 and right["relative_distance"] < 1e-10
     assert right["last_value_ratio"] > 3
     assert wrong["ratio"] > 1.3
     assert wrong["distance_ratio"] > 1e-3
