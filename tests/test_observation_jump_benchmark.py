@@ -89,16 +89,8 @@ def test_quick_figures(module, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     module.main()
     found = json.loads(out.read_text())
-    keys = {
-        "loss",
-        "optimal",
-        "ratio",
-        "last_value_ratio",
-        "distance",
-        "distance_ratio",
-        "seconds",
-        "cpu_seconds",
-    }
+    keys = {"loss", "optimal", "ratio", "last_value_ratio", "seconds", "cpu_seconds"}
+    keys |= {"distance", "distance_ratio", "relative_distance"}
     assert found.keys() == keys
     assert all(0 < value < math.inf for value in found.values())
     assert found["ratio"] == pytest.approx(found["loss"] / found["optimal"])
