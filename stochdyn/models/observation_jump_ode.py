@@ -157,7 +157,7 @@ class ObservationJumpODE(nn.Module):
             What the decoder returns, of batch shape (series, k, channel); the times are not joint.
 
         Raises:
-            TimeError: if a time is before the first of its series, or not finite.
+            TimeError: if a time is before the first of its series, or not finite, or there is none.
             ShapeError: if there are times of another number of series.
 
         Example:
@@ -175,6 +175,8 @@ class ObservationJumpODE(nn.Module):
                 f"`ts` must have shape (k,) or (series, k) = ({len(batch)}, k), got {tuple(times.shape)}. Give times "
                 "for all series, or some for each."
             )
+        if times.numel() == 0:
+            raise TimeError(f"`ts` of shape {tuple(times.shape)} holds no time. Pass at least one.")
         return self._decode(*past.until(times.expand(len(batch), -1)))
 
     def _decode(self, h: Tensor, memory: Memory) -> Any:

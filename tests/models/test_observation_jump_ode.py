@@ -257,6 +257,8 @@ def test_bad_input_is_named():
         small(covariates=1)(batch)
     with pytest.raises(sd.ShapeError, match=r"`ts` must have shape \(k,\) or \(series, k\) = \(3, k\)"):
         small().double().predictive(batch, torch.ones(2, 4))
+    with pytest.raises(sd.TimeError, match=r"`ts` of shape \(0,\) holds no time"):
+        small().double().predictive(batch, torch.zeros(0))
     with pytest.raises(sd.ShapeError, match="channels and hidden must be at least 1"):
         sd.ObservationJumpODE(0)
     with pytest.raises(sd.ShapeError, match="anchored=True or a decoder"):
