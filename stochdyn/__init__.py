@@ -16,6 +16,7 @@ from stochdyn.data import (
 )
 from stochdyn.decoders import (
     AbstractDecoder,
+    AnchoredDecoder,
     BernoulliDecoder,
     CategoricalDecoder,
     NegativeBinomialDecoder,
@@ -80,6 +81,7 @@ from stochdyn.errors import (
 )
 from stochdyn.fields import (
     MLP,
+    AbstractMemoryFlow,
     AdditiveJump,
     AntisymmetricField,
     Bjorck,
@@ -88,12 +90,17 @@ from stochdyn.fields import (
     ElementwiseField,
     FourierTime,
     GroupSort,
+    GRUFlow,
+    GRUJump,
     HamiltonianField,
     JumpIntensity,
     LipschitzMLP,
     MatrixDiffusion,
+    Memory,
+    MemoryFlow,
     NeuralField,
     NeuralJump,
+    ResetJump,
     Residual,
     WidthScaled,
     bayesian,
@@ -133,7 +140,7 @@ from stochdyn.inference import (
     predict,
 )
 from stochdyn.likelihoods import Censored
-from stochdyn.models import LatentODE, LatentSDE
+from stochdyn.models import LatentODE, LatentSDE, ObservationJumpODE
 from stochdyn.paths import (
     Compiled,
     CompoundPoisson,
@@ -204,12 +211,14 @@ __all__ = [
     "AbstractDecoder",
     "AbstractEncoder",
     "AbstractInterpolation",
+    "AbstractMemoryFlow",
     "AbstractObjective",
     "AdditiveJump",
     "Adjoint",
     "Aggressive",
     "AmortizedGuide",
     "AnalyticKL",
+    "AnchoredDecoder",
     "AntisymmetricEncoder",
     "AntisymmetricField",
     "BernoulliDecoder",
@@ -257,6 +266,8 @@ __all__ = [
     "FreeMessage",
     "FullRank",
     "GRUEncoder",
+    "GRUFlow",
+    "GRUJump",
     "GaussianStep",
     "GroupSort",
     "GuideError",
@@ -282,6 +293,8 @@ __all__ = [
     "Marginals",
     "MatrixDiffusion",
     "MeanField",
+    "Memory",
+    "MemoryFlow",
     "Message",
     "Midpoint",
     "Milstein",
@@ -295,6 +308,7 @@ __all__ = [
     "NormalDecoder",
     "NormalJump",
     "ODERNNEncoder",
+    "ObservationJumpODE",
     "OrthogonalEncoder",
     "PaddingError",
     "PathELBO",
@@ -306,6 +320,7 @@ __all__ = [
     "PosteriorFields",
     "Prediction",
     "Radau",
+    "ResetJump",
     "Residual",
     "ReversibleHeun",
     "Rosenbrock",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stochdyn.errors import FieldError, ShapeError
+from stochdyn.fields import MLP, Memory
 
 Link = Callable[[Tensor], Tensor]
 Numbers = float | Sequence[float] | Tensor
@@ -103,6 +104,41 @@ class NormalDecoder(AbstractDecoder):
         if isinstance(log_scale, nn.Module):
             log_scale = _decoded(log_scale, z, self.obs_dim)
         return dist.Normal(loc, log_scale.exp())
+
+
+class AnchoredDecoder(nn.Module):
+    """Normal, from the last observed value on: y = last + elapsed * rate(h) + sqrt(elapsed) * scale(h) * noise.
+
+    For processes that are observed without noise: just after an observation the prediction is that value, and it moves
+    away and widens with the time since. A channel never observed so far has a mean and a scale of its own, read off h.
+    `ObservationJumpODE` calls it as `decoder(h, memory)`.
+
+    Args:
+        state_dim: size of h.
+        obs_dim: number of channels.
+        widths: of the hidden layers of the net that reads rate and logarithm of the scale off h.
+
+    Shapes:
+        h (*batch, state), a `Memory` of (*batch, channel); the batch shape is (*batch, channel).
+
+    Example:
+        >>> import stochdyn as sd
+        >>> memory = sd.Memory(torch.full((5, 2), 3.0), torch.zeros(5, 2), torch.ones(5, 2))
+        >>> sd.AnchoredDecoder(8, obs_dim=2)(torch.randn(5, 8), memory).mean[0]
+        tensor([3., 3.], grad_fn=<SelectBackward0>)
+    """
+
+    def __init__(self, state_dim: int, obs_dim: int, widths: Sequence[int] = (50,)) -> None:
+        super().__init__()
+        self.net = MLP(state_dim, 4 * obs_dim, widths, activation=torch.tanh)
+
+    def forward(self, h: Tensor, memory: Memory) -> dist.Normal:
+        rate, log_scale, loc, log_width = self.net(h).chunk(4, -1)
+        # Never quite zero, so that a density exists at the time of an observation too.
+        elapsed = memory.elapsed.clamp_min(torch.finfo(h.dtype).eps ** 2)
+        known = memory.seen > 0
+        loc = torch.where(known, memory.values + memory.elapsed * rate, loc)
+        return dist.Normal(loc, torch.where(known, elapsed.sqrt() * log_scale.exp(), log_width.exp()))
 
 
 class StudentTDecoder(AbstractDecoder):

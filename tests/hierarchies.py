@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import stochdyn as sd
-from tests.models import F64, normal
+from tests.programs import F64, normal
 
 TOP, MIDDLE, LOWER, NOISE = 2.0, 1.1, 0.7, 0.5
 Y = [[1.2, 0.8, 1.0], [-0.3], [0.4, 0.9]]

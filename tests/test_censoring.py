@@ -14,8 +14,8 @@ import torch
 
 import stochdyn as sd
 from stochdyn.guides.signature import series_signature
-from tests.models import F64, normal, ou_evidence, ou_path, ou_series
 from tests.problems import OU, OU_TIMES, OU_VALUES
+from tests.programs import F64, normal, ou_evidence, ou_path, ou_series
 
 INF = float("inf")
 LIMIT, AT = 0.45, 2  # of the values only the third is below

@@ -10,13 +10,14 @@ from pyro.infer import Trace_ELBO
 
 import stochdyn as sd
 from stochdyn.inference import loop
-from tests.test_models import waves
 from tests.test_synchronisation import CASES, Normal, Y, no_guide
+from tests.waves import waves
 
 MODELS = {
     "latent SDE, messages": lambda: sd.LatentSDE(2, 2, hidden=8, noise=0.5),
     "latent SDE, filter": lambda: sd.LatentSDE(2, 2, hidden=8, noise=0.5, paths=sd.FilterMessage(refine=1)),
     "latent SDE, posterior drift": lambda: sd.LatentSDE(2, 2, hidden=8, paths=sd.PosteriorDrift(hidden=(8,))),
+    "observation jumps": lambda: sd.ObservationJumpODE(2, 8),
     "latent ODE": lambda: sd.LatentODE(2, 2, hidden=8, noise=0.5),
     "latent ODE, adaptive": lambda: sd.LatentODE(2, 2, hidden=8, noise=0.5, solver=sd.Dopri5(1e-4, 1e-5)),
 }

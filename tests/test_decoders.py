@@ -300,3 +300,18 @@ def test_refused_by_the_others():
     ):
         with pytest.raises(sd.ShapeError, match="returned 5 channels"):
             decoder(torch.zeros(4, 5))
+
+
+def test_anchored_predictions_start_at_the_last_value_and_widen_as_a_random_walk():
+    torch.manual_seed(0)
+    decoder, h = sd.AnchoredDecoder(4, 2, widths=()).double(), torch.randn(3, 4, dtype=F64)
+    values, seen = torch.randn(3, 2, dtype=F64), torch.tensor([[1.0, 0.0]] * 3, dtype=F64)
+    rate, log_scale, loc, log_width = decoder.net(h).chunk(4, -1)
+    for elapsed in (0.0, 0.3, 1.2):
+        found = decoder(h, sd.Memory(values, torch.full((3, 2), elapsed, dtype=F64), seen))
+        torch.testing.assert_close(found.mean[:, 0], values[:, 0] + elapsed * rate[:, 0])
+        torch.testing.assert_close(found.mean[:, 1], loc[:, 1])
+        wide = elapsed**0.5 * log_scale[:, 0].exp()
+        torch.testing.assert_close(found.stddev[:, 0], wide, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.stddev[:, 1], log_width[:, 1].exp())
+        assert (found.stddev > 0).all()

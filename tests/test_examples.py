@@ -28,6 +28,7 @@ LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 BOUNCING_BALL = ROOT / "examples" / "bouncing_ball.py"
 ELECTRICITY = ROOT / "examples" / "electricity.py"
+OBSERVATION_JUMPS = ROOT / "examples" / "observation_jumps.py"
 THEOPHYLLINE = ROOT / "examples" / "theophylline.py"
 INFORMATIVE_TIMES = ROOT / "examples" / "informative_times.py"
 
@@ -224,6 +225,18 @@ def test_latent_sde(tmp_path, smoke):
     assert re.search(r"^drift at .*: -?\d\.\d\d \(0\.60\), .* \(-0\.60\)$", printed, re.MULTILINE)
     assert re.search(r"^diffusion at .* \(0\.55\), .* \(0\.80\), .* \(1\.05\)$", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "latent_sde.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not OBSERVATION_JUMPS.exists(), reason="an installed package has no examples")
+def test_observation_jumps(tmp_path, smoke):
+    printed = smoke(OBSERVATION_JUMPS, warned="error")
+    row = r"^(\S+) +log likelihood of a reading (-?\d\.\d+)$"
+    found = dict(re.findall(row, printed, re.MULTILINE))
+    assert float(found["learned"]) < float(found["Kalman"])
+    row = r"^(\S+) +passes, (drawn jointly|time by time): in \d+% \(Brier score 0\.\d+\)$"
+    kinds = ("drawn jointly", "time by time")
+    assert re.findall(row, printed, re.MULTILINE) == [(m, k) for m in ("learned", "Kalman") for k in kinds]
+    assert (tmp_path / "examples" / "output" / "observation_jumps.png").stat().st_size > 10_000
 
 
 STATE = """

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import stochdyn as sd
-from tests.models import (
+from tests.problems import OU, ou_discretised
+from tests.programs import (
     F64,
     elbos,
     mean_and_error,
@@ -24,7 +25,6 @@ from tests.models import (
     rotating_evidence,
     rotating_series,
 )
-from tests.problems import OU, ou_discretised
 
 pytestmark = pytest.mark.slow
 

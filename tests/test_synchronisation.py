@@ -102,6 +102,11 @@ def counts():
     return latent_sde(decoder=sd.PoissonDecoder(nn.Linear(2, 2)))
 
 
+def observation_jumps(**options):
+    model = sd.ObservationJumpODE(2, 4, **options)
+    return model, model.guide
+
+
 GROUPS = {"site": [0, 0, 1, 1]}
 CASES = {
     "latent SDE, messages": (latent_sde, waves, {}),
@@ -109,6 +114,12 @@ CASES = {
     "latent SDE, posterior drift": (lambda: latent_sde(paths=sd.PosteriorDrift(hidden=(4,))), waves, {}),
     "latent SDE, simulation-free": (
         lambda: latent_sde(paths=sd.Marginals()), waves, {"objective": sd.PathELBO()},
+    ),
+    "observation jumps": (lambda: observation_jumps(dt=0.2), waves, {}),
+    "observation jumps, own times, batches": (lambda: observation_jumps(anchored=True), ragged, {"batch_size": 2}),
+    "observation jumps, covariates": (
+        lambda: observation_jumps(covariates=1, dt=None), lambda: waves(covariates=torch.linspace(0, 1, 16).reshape(4, 4, 1)),
+        {},
     ),
     "latent SDE, second order": (second_order, waves, {}),
     "latent ODE": (latent_ode, waves, {}),
@@ -139,7 +150,7 @@ CASES = {
 }  # fmt: skip
 QUICK = {
     "latent SDE, messages", "latent SDE, filter", "latent SDE, posterior drift", "latent SDE, simulation-free",
-    "latent ODE", "own times, batches", "hierarchy, amortised",
+    "latent ODE", "own times, batches", "hierarchy, amortised", "observation jumps",
 }  # fmt: skip
 
 

@@ -28,5 +28,13 @@ from stochdyn.fields.jumps import (
 from stochdyn.fields.known import Residual
 from stochdyn.fields.lipschitz import Bjorck, GroupSort, LipschitzMLP
 from stochdyn.fields.neural import MLP, ElementwiseField, Linear, NeuralField
+from stochdyn.fields.observed import (
+    AbstractMemoryFlow,
+    GRUFlow,
+    GRUJump,
+    Memory,
+    MemoryFlow,
+    ResetJump,
+)
 from stochdyn.fields.stable import AntisymmetricField, BoundedField
 from stochdyn.fields.time import AbstractTimeFeatures, FourierTime

@@ -11,8 +11,8 @@ import stochdyn as sd
 from stochdyn.diagnostics import arviz as bridge
 from stochdyn.diagnostics.arviz import to_inference_data
 from stochdyn.diagnostics.tree import Variable, build_tree
-from tests.models import F64, local_theta, normal, observe, ou, ou_evidence, ou_path, ou_series, own_times
 from tests.problems import OU
+from tests.programs import F64, local_theta, normal, observe, ou, ou_evidence, ou_path, ou_series, own_times
 
 DRAWS, SERIES, TIME = 1000, 3, 12
 

@@ -9,7 +9,7 @@ import stochdyn as sd
 from stochdyn.encoders import AbstractBackwardEncoder, align
 from stochdyn.errors import ShapeError, TimeError
 from stochdyn.testing import check_encoder
-from tests.models import elbos, mean_and_error, ou, ou_evidence, ou_series, own_times
+from tests.programs import elbos, mean_and_error, ou, ou_evidence, ou_series, own_times
 
 F64 = torch.float64
 KINDS = [

@@ -13,7 +13,8 @@ from torch import nn
 import stochdyn as sd
 from stochdyn.errors import GuideError
 from stochdyn.guides.passes import Run
-from tests.models import (
+from tests.problems import OU
+from tests.programs import (
     F64,
     elbos,
     local_theta,
@@ -30,7 +31,6 @@ from tests.models import (
     rotating_series,
     trained,
 )
-from tests.problems import OU
 
 RAGGED = ou_series(5, own_times(5, 7), hold=[(0, 3), (2, 0), (4, 6)])
 

@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 
 import stochdyn as sd
-from tests.models import F64, elbos, mean_and_error, rotating, rotating_evidence, rotating_series
+from tests.programs import F64, elbos, mean_and_error, rotating, rotating_evidence, rotating_series
 
 DIFFUSION, NOISE, STEPS, END = 0.8, 0.2, 16, 1.5
 

@@ -22,7 +22,8 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import stochdyn as sd
-from tests.models import (
+from tests.problems import OU
+from tests.programs import (
     F64,
     elbos,
     local_theta,
@@ -35,7 +36,6 @@ from tests.models import (
     ou_series,
     own_times,
 )
-from tests.problems import OU
 
 BATCH = ou_series(3, own_times(3, 5), hold=[(1, 2)])
 

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 import stochdyn as sd
 from stochdyn.errors import GuideError
 from stochdyn.guides.flow import Drawn, JointFlow
-from tests.models import F64, elbos, mean_and_error, normal
+from tests.programs import F64, elbos, mean_and_error, normal
 
 SMALL = sd.Flow(transforms=2, hidden=(8,), init_scale=0.5)
 

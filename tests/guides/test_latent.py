@@ -6,7 +6,7 @@ import torch
 from torch.distributions import TransformedDistribution, biject_to, constraints
 
 from stochdyn.guides.latent import LatentNormal
-from tests.models import F64
+from tests.programs import F64
 
 CASES = {
     "real": (constraints.real, (), ()),

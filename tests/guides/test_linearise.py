@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stochdyn.guides.linearise import likelihood_message
-from tests.models import F64
+from tests.programs import F64
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from tests.hierarchies import (
     three_levels,
     two_levels,
 )
-from tests.models import F64, elbos, mean_and_error, normal, observe, ou_path, ou_series, own_times
+from tests.programs import F64, elbos, mean_and_error, normal, observe, ou_path, ou_series, own_times
 
 PLATES = {"theta": "subject", "mu": "site"}
 

@@ -8,7 +8,7 @@ from pyro import poutine
 
 import stochdyn as sd
 from stochdyn.guides.marginals import KnotsOnly, MarginalSite, knots_of, numbers
-from tests.models import F64, ou, ou_path, ou_series
+from tests.programs import F64, ou, ou_path, ou_series
 
 TIMES = torch.arange(6, dtype=F64) * 0.3
 

@@ -6,7 +6,7 @@ import torch
 import stochdyn as sd
 from stochdyn.guides.messages import AbstractMessageFamily, masked
 from stochdyn.paths import Message
-from tests.models import F64
+from tests.programs import F64
 
 UNIT = torch.tensor([2.0, 0.5], dtype=F64)
 AROUND = torch.arange(10, dtype=F64).reshape(5, 2)

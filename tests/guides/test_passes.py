@@ -20,7 +20,7 @@ from stochdyn.guides.passes import (
     own_randomness,
     prior_mode,
 )
-from tests.models import F64, normal, ou, ou_path, ou_series
+from tests.programs import F64, normal, ou, ou_path, ou_series
 
 BATCH = ou_series(2, torch.linspace(0, 1, 4))
 

@@ -10,7 +10,7 @@ import stochdyn as sd
 from stochdyn.errors import GuideError
 from stochdyn.guides.path_site import Head, PathSite
 from stochdyn.guides.plates import Place
-from tests.models import F64, ou_path, ou_series, own_times
+from tests.programs import F64, ou_path, ou_series, own_times
 
 BATCH = ou_series(4, own_times(4, 3), hold=[(1, 1)])
 TS = sd.TimeGrid(BATCH.times, substeps=2).ts

@@ -10,7 +10,7 @@ import stochdyn as sd
 from stochdyn.errors import GuideError
 from stochdyn.guides.pooling import Summaries
 from tests.hierarchies import LOWER, NOISE, TOP, by_site, evidence, member_messages, simulated, three_levels
-from tests.models import F64, elbos, mean_and_error
+from tests.programs import F64, elbos, mean_and_error
 
 PLATES = {"theta": "subject", "mu": "site"}
 

@@ -13,7 +13,7 @@ from stochdyn.encoders import align
 from stochdyn.guides.messages import FreeMessage
 from stochdyn.guides.posterior_drift import DriftSite
 from tests import problems
-from tests.models import F64, elbos, mean_and_error, observe, ou, ou_evidence, ou_path, ou_series, own_times
+from tests.programs import F64, elbos, mean_and_error, observe, ou, ou_evidence, ou_path, ou_series, own_times
 
 THETA, MU, SIGMA, NOISE = (problems.OU[k] for k in ("theta", "mu", "sigma", "noise"))
 BATCH = ou_series(3, own_times(3, 5), hold=[(1, 4)])

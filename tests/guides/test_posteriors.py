@@ -8,7 +8,8 @@ from pyro import poutine
 
 import stochdyn as sd
 from tests.guides.test_sites import factor_of
-from tests.models import (
+from tests.problems import OU, euler_linear, kalman_log_evidence
+from tests.programs import (
     F64,
     elbos,
     mean_and_error,
@@ -20,7 +21,6 @@ from tests.models import (
     ou_series,
     trained,
 )
-from tests.problems import OU, euler_linear, kalman_log_evidence
 
 POINTS, STEP = 60, 0.2
 BATCH = ou_series(1, STEP * torch.arange(POINTS, dtype=F64), seed=5)
@@ -167,7 +167,7 @@ def wide_sds(guide, draws=40000):
 
 @pytest.mark.slow
 def test_a_flow_gives_the_widths_of_a_curved_posterior(monkeypatch):
-    monkeypatch.setattr("tests.models.ou_priors", wide_priors)
+    monkeypatch.setattr("tests.programs.ou_priors", wide_priors)
     monkeypatch.setitem(globals(), "ou_priors", wide_priors)
     torch.manual_seed(0)
     full = sd.AmortizedGuide(marginal)

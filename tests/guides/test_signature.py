@@ -7,7 +7,7 @@ import stochdyn as sd
 from stochdyn.errors import GuideError
 from stochdyn.guides.signature import same, series_signature
 from tests.hierarchies import by_site, ragged, simulated, two_levels
-from tests.models import F64, elbos
+from tests.programs import F64, elbos
 
 
 def test_signatures_tell_data_apart_up_to_rounding():

@@ -17,7 +17,7 @@ from stochdyn.guides.sites import (
     free_shape,
     prior_start,
 )
-from tests.models import F64, elbos, mean_and_error, normal
+from tests.programs import F64, elbos, mean_and_error, normal
 
 NOWHERE = Place("x", (), {})
 PRIORS = {

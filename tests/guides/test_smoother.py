@@ -11,7 +11,7 @@ from pyro import poutine
 import stochdyn as sd
 from stochdyn.errors import GuideError
 from stochdyn.guides.smoother import without_particles
-from tests.models import F64, elbos, mean_and_error, normal, ou_path
+from tests.programs import F64, elbos, mean_and_error, normal, ou_path
 
 
 @pytest.fixture(autouse=True)

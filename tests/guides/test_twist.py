@@ -6,7 +6,7 @@ import torch
 from torch.distributions.transforms import AffineTransform, ExpTransform, SigmoidTransform
 
 from stochdyn.guides.twist import NaturalMessage, coordinates, gaussian_base, twisted
-from tests.models import F64
+from tests.programs import F64
 
 CENTRE, UNIT = torch.tensor([0.3], dtype=F64), torch.tensor([0.8], dtype=F64)
 H, J = torch.tensor([[1.2], [-0.4]], dtype=F64), torch.tensor([[[2.0]], [[0.0]]], dtype=F64)

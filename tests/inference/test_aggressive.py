@@ -17,7 +17,7 @@ from stochdyn.inference.loop import Settings, Trainer, train
 from stochdyn.inference.objective import ELBO
 from stochdyn.inference.result import Fit
 from stochdyn.inference.schedule import Constant
-from tests.models import ou, ou_series
+from tests.programs import ou, ou_series
 
 Y = torch.linspace(-2, 2, 12)
 

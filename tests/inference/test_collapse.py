@@ -13,7 +13,7 @@ import stochdyn as sd
 from stochdyn.errors import FitError
 from stochdyn.inference.collapse import PosteriorCollapse, mutual_information
 from stochdyn.inference.local import Layout
-from tests.models import F64, local_theta, normal, ou, ou_series, own_times
+from tests.programs import F64, local_theta, normal, ou, ou_series, own_times
 
 SLOPE, NOISE = 1.5, 0.8
 

@@ -6,7 +6,7 @@ from pyro import poutine
 
 import stochdyn as sd
 from stochdyn.inference.draws import at_times, draw, evaluating, pair, replicated
-from tests.models import F64, local_theta, normal, ou, ou_latent, ou_series
+from tests.programs import F64, local_theta, normal, ou, ou_latent, ou_series
 
 
 def drawn(model, data, draws=7, guide=None):

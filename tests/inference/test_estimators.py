@@ -13,7 +13,7 @@ import stochdyn as sd
 from stochdyn.errors import FitError
 from stochdyn.inference import ELBO, AnalyticKL, LogRatio, StickingTheLanding
 from stochdyn.paths import GuidedPath
-from tests.models import F64, local_theta, normal, ou, ou_evidence, ou_series, own_times
+from tests.programs import F64, local_theta, normal, ou, ou_evidence, ou_series, own_times
 
 ESTIMATORS = [StickingTheLanding(), AnalyticKL(), LogRatio()]
 COPIES = 400

@@ -7,7 +7,8 @@ import torch
 from pyro import poutine
 
 import stochdyn as sd
-from tests.models import (
+from tests.problems import OU, OU_TIMES, OU_VALUES, within
+from tests.programs import (
     F64,
     local_theta,
     normal,
@@ -21,7 +22,6 @@ from tests.models import (
     rotating_evidence,
     rotating_series,
 )
-from tests.problems import OU, OU_TIMES, OU_VALUES, within
 
 
 def oracle():

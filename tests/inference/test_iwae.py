@@ -17,8 +17,8 @@ from stochdyn.errors import FitError
 from stochdyn.inference import ELBO, IWAE
 from stochdyn.inference.iwae import _Gates, _gradients
 from stochdyn.inference.parameters import leaves
-from tests.models import F64, normal, observe, ou, ou_evidence, ou_path, ou_series, own_times
 from tests.problems import OU
+from tests.programs import F64, normal, observe, ou, ou_evidence, ou_path, ou_series, own_times
 
 R = 0.7  # noise of an observation
 Y = torch.tensor([0.9, -0.4, 1.7], dtype=F64)

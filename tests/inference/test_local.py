@@ -9,7 +9,7 @@ from pyro import poutine
 import stochdyn as sd
 from stochdyn.errors import FitError
 from stochdyn.inference.local import Layout, find_layout
-from tests.models import F64, local_theta, normal, ou_series, own_times
+from tests.programs import F64, local_theta, normal, ou_series, own_times
 
 BATCH = ou_series(4, own_times(4, 5))
 Y = torch.zeros(2, 3, dtype=F64)

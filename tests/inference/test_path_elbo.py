@@ -12,7 +12,9 @@ from pyro import poutine
 import stochdyn as sd
 from stochdyn.guides.marginals import KnotsOnly
 from stochdyn.paths.marginal import Knots
-from tests.models import (
+from tests.paths.test_marginal import rate_by_quadrature
+from tests.problems import OU
+from tests.programs import (
     F64,
     elbos,
     mean_and_error,
@@ -25,8 +27,6 @@ from tests.models import (
     rotating_evidence,
     rotating_series,
 )
-from tests.paths.test_marginal import rate_by_quadrature
-from tests.problems import OU
 
 
 def continuous_evidence(batch, noise=OU["noise"]):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import stochdyn as sd
-from tests.models import F64, local_theta, normal, observe, ou, ou_path, ou_series, own_times
 from tests.problems import OU, OU_TIMES, OU_VALUES
+from tests.programs import F64, local_theta, normal, observe, ou, ou_path, ou_series, own_times
 
 DRAWS = 4000
 AHEAD = [3.4, 4.0]

@@ -1,4 +1,4 @@
-"""Ready models: they train under every family of paths, predict, copy and load."""
+"""The latent SDE: it trains under every family of paths, predicts, copies and loads."""
 
 import copy
 
@@ -11,6 +11,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 import stochdyn as sd
+from tests.waves import loss_of, waves
 
 FAMILIES = {
     "diagonal": sd.FreeMessage(rank=0),
@@ -28,26 +29,9 @@ def _seed():
     assert not list(pyro.get_param_store().keys())
 
 
-def waves(series=8, points=7, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    times = torch.linspace(0, 2, points)
-    phase = 6 * torch.rand(series, 1, generator=generator)
-    clean = torch.stack([torch.sin(3 * times + phase), torch.cos(3 * times + phase)], -1)
-    values = clean + 0.1 * torch.randn(clean.shape, generator=generator)
-    mask = torch.rand(values.shape, generator=generator) > 0.2
-    mask[:, -1] = True
-    return sd.Series(times, values, mask=mask)
-
-
 def small(family="full", **options):
     torch.manual_seed(1)
     return sd.LatentSDE(obs_dim=2, state_dim=2, hidden=8, noise=0.5, paths=FAMILIES[family], **options)
-
-
-def loss_of(model, batch, draws=20):
-    torch.manual_seed(2)
-    with torch.no_grad():
-        return sum(Trace_ELBO().loss(model, model.guide, batch) for _ in range(draws)) / draws
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -266,92 +250,3 @@ def test_another_number_of_covariates_is_refused():
         model(driven())
     with pytest.raises(sd.DataError, match="no covariates"):
         model(sd.Series([0.0, 1.0], torch.zeros(2, 2, 1)))
-
-
-def exact_starts(batch, model):
-    """Posterior mean and sd of the start of a linear latent ODE with fixed noise, by least squares."""
-    field, net, noise = model.field, model.decoder.net, model.decoder.log_scale.exp()
-    zero, eye = torch.zeros(model.state_dim), torch.eye(model.state_dim)
-    means, sds = [], []
-    for i in range(len(batch)):
-        ts = batch.times.expand(len(batch), -1)[i]
-        states = sd.odeint(field, torch.cat([zero[None], eye]), ts, solver=model.solver)
-        shown = net(states)
-        base, columns = shown[0], (shown[1:] - shown[0]).movedim(0, -1)
-        seen = batch.mask[i]
-        A = (columns / noise[:, None])[seen]
-        r = ((batch.values[i] - base) / noise)[seen]
-        covariance = torch.linalg.inv(A.T @ A + eye)
-        means.append(covariance @ A.T @ r)
-        sds.append(covariance.diagonal().sqrt())
-    return torch.stack(means).detach(), torch.stack(sds).detach()
-
-
-class Spiral(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.tensor([[-0.1, -3.0], [3.0, -0.1]]))
-
-    def forward(self, t, z):
-        return z @ self.matrix.T
-
-
-def test_a_linear_latent_ode_reaches_the_exact_posterior_of_every_start():
-    """With the fields held fixed only the guide learns; the control is the guide before it has."""
-    torch.manual_seed(1)
-    batch = waves(series=32)
-    decoder = sd.NormalDecoder(nn.Identity(), 2, scale=0.3, learned=False)
-    model = sd.LatentODE(
-        obs_dim=2,
-        state_dim=2,
-        hidden=32,
-        field=Spiral(),
-        decoder=decoder,
-        encoder=sd.GRUEncoder(2, 32),
-        solver=sd.RungeKutta4(),
-    )
-    model.field.requires_grad_(False)
-    mean, sd_exact = exact_starts(batch, model)
-
-    def distance(fit):
-        found = sd.predict(fit, batch, draws=400).latents["z0"]
-        return (
-            ((found.mean(0) - mean) / sd_exact).square().mean().sqrt(),
-            (found.std(0) / sd_exact).log().abs().mean(),
-        )
-
-    model.guide(batch)
-    untrained = distance((model, model.guide))
-    fit = sd.fit(model, model.guide, batch, steps=300, lr=2e-2, progress=False)
-    shift, ratio = distance(fit)
-    assert shift < 0.15
-    assert ratio < 0.1
-    assert untrained[0] > 1
-
-
-def test_a_latent_ode_learns_predicts_and_copies():
-    batch = waves(series=16)
-    torch.manual_seed(1)
-    model = sd.LatentODE(obs_dim=2, state_dim=3, hidden=8, noise=0.5, gradient=sd.Checkpointed(2))
-    model.guide(batch)
-    before = loss_of(model, batch)
-    fit = sd.fit(model, model.guide, batch, steps=80, lr=0.02, progress=False)
-    assert loss_of(model, batch) < before - 20
-    prediction = sd.predict(fit, batch, ts=[2.5], draws=5)
-    assert prediction.states.shape == (5, 16, 8, 3)
-    assert prediction.observations.shape == (5, 16, 8, 2)
-    fresh = sd.LatentODE(obs_dim=2, state_dim=3, hidden=8, noise=0.5)
-    fresh.guide(batch)
-    fresh.load_state_dict(model.state_dict())
-    fresh.guide.load_state_dict(model.guide.state_dict())
-    assert loss_of(fresh, batch) == loss_of(model, batch)
-
-
-def test_a_latent_ode_takes_ragged_series_and_covariates():
-    rows = [([0.0, 0.5, 1.2], torch.randn(3, 2)), ([0.3, 0.4], torch.randn(2, 2))]
-    batch = sd.Series.from_list(rows, covariates=torch.tensor([[1.0], [-1.0]]))
-    model = sd.LatentODE(obs_dim=2, state_dim=2, hidden=8, covariates=1)
-    fit = sd.fit(model, model.guide, batch, steps=3, progress=False)
-    states = sd.predict(fit, batch, draws=3).states
-    assert states.shape == (3, 2, 3, 2)
-    assert torch.equal(states[:, 1, 1], states[:, 1, 2])
