@@ -128,9 +128,10 @@ def test_densities_are_normalised():
     area = torch.trapezoid(rate.exp(), u, dim=0)
     assert area.tolist() == pytest.approx([1, 1, 1], abs=1e-4)
     q = trace.nodes["pair"]["fn"]
-    side = torch.linspace(-9, 9, 361, dtype=F64)
-    square = torch.cartesian_prod(side, side)[:, None].expand(-1, 3, 2)
-    mass = q.log_prob(square).exp().sum(0) * (side[1] - side[0]) ** 2
+    side = torch.linspace(-7, 7, 351, dtype=F64)
+    square = q.loc + (torch.cartesian_prod(side, side)[:, None, None] @ q.factor.mT)[..., 0, :]
+    volume = q.factor.diagonal(dim1=-2, dim2=-1).prod(-1) * (side[1] - side[0]) ** 2
+    mass = q.log_prob(square).exp().sum(0) * volume
     assert mass.tolist() == pytest.approx([1, 1, 1], abs=2e-3)
     w = q.warp.normal(torch.randn(3, 2, dtype=F64))[1]
     assert w.abs().max() > 0.05
