@@ -1,4 +1,4 @@
-"""The neural jump ODE of `jumps.py`: two sizes, fitted to the training part, one chosen on the validation part."""
+"""The neural jump ODE of `jumps.py`: a few, fitted to the training part, one chosen on the validation part."""
 
 import time
 from collections.abc import Callable
@@ -15,14 +15,19 @@ LogLikelihood = Callable[[sd.JumpODE, sd.Jumps], Tensor]
 
 @dataclass(frozen=True)
 class Size:
-    """What is chosen on the validation part."""
+    """What is chosen on the validation part.
+
+    `base` tells whether the prior holds the base of the log intensity too: it is then zero, one jump per unit of
+    time where the state is zero, unless the data say otherwise.
+    """
 
     state_dim: int
     hidden: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    base: bool = True
 
 
-SIMULATED = {"linear": Size(2, ()), "network": Size(3, (16,))}
+SIMULATED = {"linear": Size(2, ()), "free base": Size(2, (), base=False), "network": Size(3, (16,))}
 EARTHQUAKES = {"shortest": 0.02, "longest": 20.0, "nodes": 6, "step": 10.0}
 MARKED = {"linear": Size(5, (), EARTHQUAKES), "network": Size(5, (16,), EARTHQUAKES)}
 
@@ -36,8 +41,8 @@ def make(size: Size, train: sd.Jumps) -> sd.NeuralJumpODE:
     ).double()
 
 
-def sparsity(net: sd.NeuralJumpODE, width: float, train: sd.Jumps) -> Tensor:
-    """Minus the log density of Cauchy priors: on all that makes the intensity differ from a constant.
+def sparsity(net: sd.NeuralJumpODE, width: float, train: sd.Jumps, *, base: bool = True) -> Tensor:
+    """Minus the log density of Cauchy priors: on all that makes the intensity differ from a constant, and the constant.
 
     Their scale is `width` times the error of one parameter, for a coordinate of unit spread; the one that integrates
     spreads with time, where its push is not what jumps bring.
@@ -48,13 +53,16 @@ def sparsity(net: sd.NeuralJumpODE, width: float, train: sd.Jumps) -> Tensor:
     spread = (1 + ((net.flow.push + each / length) * length).square() / 12).sqrt()
     parts = [head.slope[:, :1] * spread, head.slope[:, 1:], head.log_rise.exp()]
     parts += [] if head.net is None else list(head.net.layers[-1].parameters())
+    parts += [head.base] if base else []
     for part in parts:
         total = total + torch.log1p((part / scale) ** 2).sum()
     # The start is seen only once in a sequence.
     return total + torch.log1p(net.initial.square() / (scale.square() * each)).sum()
 
 
-def fit(net: sd.NeuralJumpODE, train: sd.Jumps, likelihood: LogLikelihood, steps: int) -> None:
+def fit(
+    net: sd.NeuralJumpODE, train: sd.Jumps, likelihood: LogLikelihood, steps: int, *, base: bool = True
+) -> None:
     """The posterior's mode by L-BFGS, from a wide prior to a narrow one, in units of the error of one parameter."""
     count = float(train.counts.sum())
     for width in (1.0, 0.1):
@@ -64,7 +72,7 @@ def fit(net: sd.NeuralJumpODE, train: sd.Jumps, likelihood: LogLikelihood, steps
 
         def closure(optimiser: Any = optimiser, width: float = width) -> Tensor:
             optimiser.zero_grad()
-            prior = sparsity(net, width, train)
+            prior = sparsity(net, width, train, base=base)
             loss = (prior - likelihood(net(train, validate_args=False), train)) / count
             loss.backward()
             return loss
@@ -79,7 +87,7 @@ def choose(
     start, best = time.perf_counter(), None
     for name, size in sizes.items():
         net = make(size, train)
-        fit(net, train, likelihood, steps)
+        fit(net, train, likelihood, steps, base=size.base)
         with torch.no_grad():
             score = net(validation, nodes=None).log_prob(validation.values)
         print(f"  {name}: {float(score.sum()):.2f} on the validation part", flush=True)
