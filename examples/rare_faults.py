@@ -6,7 +6,7 @@
 # there are no faults that posterior is skewed: rates near zero are as good as any. A Gaussian message cannot say so,
 # `sd.LocalFlow` can. The exact posterior is known here (a Gamma), to compare with.
 #
-# Run: `python examples/rare_faults.py` (six minutes).
+# Run: `python examples/rare_faults.py` (some minutes).
 
 
 # %%

@@ -86,7 +86,7 @@ class SiteFlow(nn.Module):
     def warp(self, contexts: tuple[Tensor, Tensor], dim: int) -> Warp:
         """With the members at a plate's dimension (negative, counted over the batch)."""
         context, score = (moved(c, dim, 1) for c in contexts)
-        return Warp(self.splines, context, score)
+        return Warp.of(self.splines, context, score)
 
 
 def of_groups(context: Tensor, group: Tensor, groups: int) -> Tensor:

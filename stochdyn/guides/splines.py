@@ -80,24 +80,30 @@ class ConditionalSplines(nn.Module):
             z = layer(context).inv(z)
         return z
 
-    def frozen(self, w: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` with the parameters detached."""
-        own = {name: p.detach() for name, p in self.named_parameters()}
-        return torch.func.functional_call(self, own, (w, context))
-
 
 @dataclass(frozen=True)
 class Warp:
-    """Splines at a context (*batch, context); `score` is the context as `score_parts` sees it."""
+    """Splines at a context (*batch, context); `score` is the context as `score_parts` sees it.
+
+    It holds the parameters as they were when it was made, also whether they were to have gradients: densities are asked
+    for later, when that may have changed.
+    """
 
     splines: ConditionalSplines
+    parameters: dict[str, Tensor]
     context: Tensor
     score: Tensor
+
+    @classmethod
+    def of(cls, splines: ConditionalSplines, context: Tensor, score: Tensor) -> "Warp":
+        """With the parameters of now."""
+        own = {n: p if p.requires_grad else p.detach() for n, p in splines.named_parameters()}
+        return cls(splines, own, context, score)
 
     def expand(self, batch: torch.Size) -> "Warp":
         """For another batch shape."""
         context, score = (x.expand(*batch, x.shape[-1]) for x in (self.context, self.score))
-        return Warp(self.splines, context, score)
+        return Warp(self.splines, self.parameters, context, score)
 
     def noise(self, z: Tensor) -> Tensor:
         """w of a normal z."""
@@ -105,8 +111,9 @@ class Warp:
 
     def normal(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """z of w, and log |dz_k / dw_k|."""
-        return self.splines(w, self.context)
+        return torch.func.functional_call(self.splines, self.parameters, (w, self.context))
 
     def scored(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The same with the guide's own parameters detached."""
-        return self.splines.frozen(w, self.score)
+        detached = {name: p.detach() for name, p in self.parameters.items()}
+        return torch.func.functional_call(self.splines, detached, (w, self.score))

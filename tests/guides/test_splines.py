@@ -54,13 +54,24 @@ def test_tails_are_the_identity():
 
 def test_a_warp_expands_and_its_score_is_frozen():
     splines, context = moved(2), torch.randn(4, 3, dtype=F64, requires_grad=True)
-    warp = Warp(splines, context, context.detach()).expand(torch.Size((5, 4)))
+    warp = Warp.of(splines, context, context.detach()).expand(torch.Size((5, 4)))
     w = warp.noise(torch.randn(5, 4, 2, dtype=F64)).detach()
     free, held = warp.normal(w), warp.scored(w)
     torch.testing.assert_close(free[0], held[0])
     torch.testing.assert_close(free[1], held[1])
     assert free[1].requires_grad
     assert not held[1].requires_grad
+
+
+def test_a_warp_remembers_which_parameters_were_frozen():
+    splines, context = moved(2), torch.randn(4, 3, dtype=F64)
+    free = Warp.of(splines, context, context)
+    splines.requires_grad_(False)
+    held = Warp.of(splines, context, context)
+    splines.requires_grad_(True)
+    w = torch.randn(4, 2, dtype=F64)
+    assert free.normal(w)[1].requires_grad
+    assert not held.normal(w)[1].requires_grad
 
 
 def test_torchs_validation_stays_as_it_was():
