@@ -97,7 +97,10 @@ def of_groups(context: Tensor, group: Tensor, groups: int) -> Tensor:
         tensor([[2.0000, 0.6931],
                 [5.0000, 0.0000]])
     """
-    number = torch.bincount(group, minlength=groups).clamp(min=1).to(context)
+    ones = torch.ones(group.shape, dtype=context.dtype, device=context.device)
+    number = (
+        context.new_zeros(groups).index_add(0, group, ones).clamp(min=1)
+    )  # bincount would wait for the device
     total = context.new_zeros(*context.shape[:-2], groups, context.shape[-1]).index_add(-2, group, context)
     return torch.cat(
         [total[..., :-1] / number[:, None], number.log()[:, None].expand(total[..., -1:].shape)], -1
