@@ -65,22 +65,30 @@ def fit(
 ) -> None:
     """The posterior's mode by L-BFGS, from a wide prior to a narrow one, in units of the error of one parameter.
 
-    The base is held by the narrow one only: it begins at the mean rate, and would stay there were that near one.
+    The base is held later: it begins at the mean rate, and would stay there were that near one.
     """
     count = float(train.counts.sum())
-    for width in (1.0, 0.1):
+    for width, held in ((1.0, False), (1.0, base), (0.1, base)):
         optimiser = torch.optim.LBFGS(
             net.parameters(), max_iter=steps, history_size=30, line_search_fn="strong_wolfe", tolerance_grad=1e-8
         )  # fmt: skip
 
-        def closure(optimiser: Any = optimiser, width: float = width) -> Tensor:
+        def closure(optimiser: Any = optimiser, width: float = width, held: bool = held) -> Tensor:
             optimiser.zero_grad()
-            prior = sparsity(net, width, train, base=base and width < 1)
+            prior = sparsity(net, width, train, base=held)
             loss = (prior - likelihood(net(train, validate_args=False), train)) / count
+            if not loss.isfinite():  # the line search went too far: it turns at a wall, and is lost at inf
+                return _wall(net, loss)
             loss.backward()
             return loss
 
         optimiser.step(closure)
+
+
+def _wall(net: sd.NeuralJumpODE, loss: Tensor) -> Tensor:
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return torch.full_like(loss.detach(), 1e6)
 
 
 @dataclass(frozen=True)
