@@ -177,7 +177,7 @@ def row(model: str, found: dict[str, float], seconds: float) -> str:
     shown = "".join(
         f"{'' if x is None else format(x, f'.{d}f'):>9}" for x, d in zip(cells, (2, 3, 1), strict=True)
     )
-    return f"{model:<14}{found['log_likelihood']:>11.4f}{shown}"
+    return f"{model:<18}{found['log_likelihood']:>11.4f}{shown}"
 
 
 def measure(name: str, parts: dict[str, sd.Jumps], *, quick: bool) -> dict[str, float]:
@@ -185,7 +185,7 @@ def measure(name: str, parts: dict[str, sd.Jumps], *, quick: bool) -> dict[str, 
     train, held = parts["train"], parts["held"]
     exact = None if problem.exact is None else problem.exact(numbers(), held.t0, held.t1)
     print(f"{name}: {len(train)} sequences to train on, {len(held)} held out, {count(held)} jumps")
-    print(f"{'':<14}{'LL / jump':>11}{'MAPE %':>9}{'accuracy':>9}{'seconds':>9}")
+    print(f"{'':<18}{'LL / jump':>11}{'MAPE %':>9}{'accuracy':>9}{'seconds':>9}")
     if exact is not None:
         out["log_likelihood_exact"] = float(log_likelihood(exact, held)) / count(held)
         print(row("exact", {"log_likelihood": out["log_likelihood_exact"], "mape": 0.0}, 0.0))
@@ -197,10 +197,27 @@ def measure(name: str, parts: dict[str, sd.Jumps], *, quick: bool) -> dict[str, 
     sizes = neural.MARKED if exact is None else neural.SIMULATED
     if quick:
         sizes = {"linear": sizes["linear"]}
-    net, size, seconds = neural.choose(train, parts["validation"], sizes, log_likelihood, steps)
-    print(f"{MAIN}: {size}, {sum(p.numel() for p in net.parameters())} parameters")
-    found = figures(MAIN, net(held, nodes=None), exact, held, seconds)
-    return out | found | {key.removesuffix(f"_{MAIN}"): value for key, value in found.items()}
+    return out | neural_figures(train, parts["validation"], sizes, exact, held, steps)
+
+
+def neural_figures(
+    train: sd.Jumps,
+    validation: sd.Jumps,
+    sizes: dict[str, neural.Size],
+    exact: Process | None,
+    held: sd.Jumps,
+    steps: int,
+) -> dict[str, float]:
+    """Of every candidate, and again of the one that the likelihood of the validation part chooses."""
+    tried = neural.candidates(train, validation, sizes, log_likelihood, steps)
+    out, choice = {}, neural.choose(tried)
+    for name, one in tried.items():
+        out |= figures(f"{MAIN}_{name}", one.net(held, nodes=None), exact, held, one.seconds)
+    weights = sum(p.numel() for p in tried[choice].net.parameters())
+    print(f"{MAIN}: {choice}, {weights} parameters, {sum(c.seconds for c in tried.values()):.0f} s for all")
+    ending = f"_{MAIN}_{choice}"
+    chosen = {k.removesuffix(ending): v for k, v in out.items() if k.endswith(ending)}
+    return out | chosen | {f"{key}_{MAIN}": value for key, value in chosen.items()}
 
 
 @torch.no_grad()

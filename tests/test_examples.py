@@ -24,6 +24,7 @@ CENSORED = ROOT / "examples" / "censored.py"
 TIPPING_POINTS = ROOT / "examples" / "tipping_points.py"
 EARTHQUAKES = ROOT / "examples" / "earthquakes.py"
 NEURAL_JUMP_ODE = ROOT / "examples" / "neural_jump_ode.py"
+RARE_FAULTS = ROOT / "examples" / "rare_faults.py"
 LATENT_SDE = ROOT / "examples" / "latent_sde.py"
 OBJECTIVES = ROOT / "examples" / "objectives.py"
 BOUNCING_BALL = ROOT / "examples" / "bouncing_ball.py"
@@ -213,6 +214,20 @@ def test_neural_jump_ode(tmp_path, smoke):
     )
     assert re.search(r"^found +\d+ rescaled gaps: KS 0\.\d+", printed, re.MULTILINE)
     assert (tmp_path / "examples" / "output" / "neural_jump_ode.png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not RARE_FAULTS.exists(), reason="an installed package has no examples")
+def test_rare_faults(tmp_path, smoke):
+    printed = smoke(RARE_FAULTS)
+    for name in ("Gaussian message", "flow"):
+        assert re.search(rf"^{name}: ELBO -\d\.\d+ of the evidence, per machine$", printed, re.MULTILINE), (
+            name
+        )
+    told = re.findall(
+        r"^  ([017]) faults in 5 months: told from .* \d+\.\d% of the time$", printed, re.MULTILINE
+    )
+    assert told == ["0", "1", "7"] * 2
+    assert (tmp_path / "examples" / "output" / "rare_faults.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not LATENT_SDE.exists(), reason="an installed package has no examples")

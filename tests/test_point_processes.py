@@ -81,31 +81,45 @@ def gamma_poisson(batch):
         batch.observe("jumps", sd.PoissonProcess(rate, batch.t0, batch.t1))
 
 
-@pytest.mark.slow
-def test_amortised_gamma_poisson_posterior():
+GAMMA_POISSON = [TIMES, TIMES[:5], [0.5, 1.0, 2.0, 3.0, 3.5, 4.0, 4.5], [], [], [1.3], [0.7, 2.0]]
+ENDS = [4.0, 3.0, 6.0, 3.0, 5.0, 4.0, 5.0]
+
+
+def fitted_gamma_poisson(kind):
+    """A guide fitted to 600 sequences, and what its ELBO lacks of the evidence, per sequence."""
     count = 600
     ends = 2 + 6 * torch.rand(count, dtype=torch.float64)
     rates = dist.Gamma(2.0, 1.5).sample((count,)).double()
     jumps = sd.Jumps(sd.PoissonProcess(rates, 0.0, ends).sample(), 0.0, ends)
     guide = sd.AmortizedGuide(
-        gamma_poisson, sd.SetEncoder(1, 32, time_unit=4.0).double(), amortize={"rate": "series"}
+        gamma_poisson, sd.SetEncoder(1, 32, time_unit=4.0).double(), amortize={"rate": kind}
     )
-    fit = sd.fit(gamma_poisson, guide, jumps, steps=3000, lr=5e-3, batch_size=150, progress=False)
+    sd.fit(gamma_poisson, guide, jumps, steps=3000, lr=5e-3, batch_size=150, progress=False)
     shape, speed = 2 + jumps.counts.double(), 1.5 + ends
     evidence = 2 * np.log(1.5) + torch.lgamma(shape) - shape * speed.log()  # lgamma(2) = 0
-    assert float(evidence.sum()) - 0.03 * count < fit.elbo < float(evidence.sum()) + 0.01 * count
-    new = sd.Jumps.from_list(
-        [TIMES, TIMES[:5], [0.5, 1.0, 2.0, 3.0, 3.5, 4.0, 4.5]], t0=0.0, t1=[4.0, 3.0, 6.0]
-    )
     guide.eval()
-    with torch.no_grad(), pyro.plate("draws", 4000, dim=-2):
-        found = pyro.poutine.trace(guide).get_trace(new).nodes["rate"]["value"]
-    accuracies = []
-    for k in range(len(new)):
-        exact = dist.Gamma(2 + new.counts[k].double(), 1.5 + new.t1[k]).sample((4000,))
-        accuracies.append(sd.c2st(exact, found[:, k]).accuracy)
-        assert sd.c2st(exact, 1.2 * found[:, k]).accuracy > 0.55
-    assert max(accuracies) <= 0.53, accuracies
+    with torch.no_grad():
+        elbo = -np.mean([Trace_ELBO().loss(gamma_poisson, guide, jumps) for _ in range(100)])
+    return guide, (float(evidence.sum()) - elbo) / count
+
+
+@pytest.mark.slow
+def test_amortised_gamma_poisson_posterior():
+    """Skewed where jumps are few: a flow follows, the twisted normal does not."""
+    new = sd.Jumps.from_list(GAMMA_POISSON, t0=0.0, t1=ENDS)
+    accuracies, gaps = [], []
+    for kind in (sd.LocalFlow("series"), "series"):
+        guide, gap = fitted_gamma_poisson(kind)
+        gaps.append(gap)
+        with torch.no_grad(), pyro.plate("draws", 4000, dim=-2):
+            found = pyro.poutine.trace(guide).get_trace(new).nodes["rate"]["value"]
+        exact = dist.Gamma(2 + new.counts.double(), 1.5 + new.t1).sample((4000,))
+        accuracies.append([sd.c2st(exact[:, k], found[:, k]).accuracy for k in range(len(new))])
+        assert min(sd.c2st(exact[:, k], 1.2 * found[:, k]).accuracy for k in (0, 1, 2)) > 0.55
+    assert max(accuracies[0]) <= 0.53, accuracies
+    assert min(accuracies[1][3:5]) > 0.53, accuracies
+    assert -0.002 < gaps[0] < 0.003, gaps
+    assert 0.01 < gaps[1] < 0.03, gaps
 
 
 def test_an_amortised_guide_reads_jumps_in_mini_batches():

@@ -187,10 +187,12 @@ class NeuralJump(nn.Module):
 
 
 class JumpIntensity(nn.Module):
-    """lambda_k(z) = exp(base_k + slope_k z + net_k(z)) + sum_j rise_kj max(z_j, 0), of every kind k of jump.
+    """lambda_k(z) = exp(base_k + slope_k s(z) + net_k(asinh z)) + sum_j rise_kj max(z_j, 0), of every kind k of jump.
 
-    Excitation adds up (`rise`, of the coordinates that decay), relief and inhibition multiply (`slope`). Poisson's,
-    Hawkes' and the self-correcting process are members; the net, which starts at 0, is for all else.
+    s(z) is z where it integrates and asinh z where it decays: there the intensity follows a power of z, and a burst
+    larger than those in the data is no catastrophe. Excitation adds up (`rise`, of the coordinates that decay), relief
+    and inhibition multiply (`slope`). Poisson's, Hawkes' and the self-correcting process are members; the net, which
+    starts at 0, is for all else.
 
     Args:
         state_dim: size of z.
@@ -234,10 +236,11 @@ class JumpIntensity(nn.Module):
             nn.init.zeros_(self.net.layers[-1].bias)
 
     def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
-        log = self.base + z @ self.slope.mT
+        # Counts grow without bound: in a burst larger than any before, exp(z) would be beyond all measure.
+        inputs = torch.asinh(z)
+        steady, lately = z[..., : self.integrators], inputs[..., self.integrators :]
+        log = self.base + torch.cat([steady, lately], -1) @ self.slope.mT
         if self.net is not None:
-            # Counts grow without bound; a net is fitted where the data are.
-            inputs = torch.asinh(z)
             log = log + self.net(inputs if context is None else torch.cat([inputs, context], -1))
         return log.exp() + z[..., self.integrators :].clamp_min(0) @ self.log_rise.exp().mT
 

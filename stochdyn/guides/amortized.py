@@ -15,6 +15,7 @@ from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import DivergedError, GuideError
 from stochdyn.guides.flow import Flow, JointFlow
 from stochdyn.guides.jumps import check_family, guided_jumps, unlearned
+from stochdyn.guides.local_flow import LocalFlow
 from stochdyn.guides.local_site import AmortizedLatents, Latent, pooled_scales
 from stochdyn.guides.marginals import Marginals, MarginalSite, in_use
 from stochdyn.guides.messages import AbstractPathFamily, FilterMessage, masked
@@ -68,7 +69,8 @@ class AmortizedGuide(nn.Module):
             `FreeMessage()` at nothing. The filter and the encoder's head see the latents sampled before the path.
         amortize: by the name of a latent in a plate that of the plate: over the series, or over groups of them
             (`batch.group_plate`). Its posterior is then the prior times a message from the encoding of the series, or
-            the product of the messages of a group's members. Other latents in plates have a posterior per member.
+            the product of the messages of a group's members; with `LocalFlow(plate)` in place of the plate's name it
+            is bent by a flow that reads the data too. Other latents in plates have a posterior per member.
         latents: the family of the other latents, `FullRank()`, `MeanField()` or `Flow()`.
         hidden: width of the head that turns an encoding into a message.
         loop: `Compiled()` compiles the loop over time of the guided paths (without a control); None runs it step by
@@ -108,7 +110,7 @@ class AmortizedGuide(nn.Module):
         encoder: AbstractEncoder | None = None,
         *,
         paths: AbstractPathFamily = FilterMessage(),  # noqa: B008
-        amortize: Mapping[str, str] | None = None,
+        amortize: Mapping[str, str | LocalFlow] | None = None,
         latents: FullRank | MeanField | Flow = FullRank(),  # noqa: B008
         hidden: int = 64,
         loop: Compiled | None = None,

@@ -7,19 +7,19 @@ site given the sites before it has a closed-form density, whatever the values of
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
 from stochdyn.errors import GuideError
 from stochdyn.guides.latent import LOG_2PI
 from stochdyn.guides.sites import Arrangement, Start, free_shape, lower_factor
+from stochdyn.guides.splines import spline_layer, univariate
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ class JointFlow(nn.Module):
         self.register_buffer("unit", unit)
         self.loc = nn.Parameter(torch.zeros_like(centre))
         self.log_scale, self.lower = nn.Parameter(log_scale), nn.Parameter(lower)
-        self.layers = nn.ModuleList(_spline(len(centre), family).to(centre) for _ in range(family.transforms))
+        self.layers = nn.ModuleList(
+            spline_layer(len(centre), family.hidden, family.bins).to(centre) for _ in range(family.transforms)
+        )
         self.arrangement = Arrangement(len(centre))
 
     @classmethod
@@ -116,7 +118,7 @@ class JointFlow(nn.Module):
         )
         w, ladj = w[..., 0], -self.log_scale - self.unit.log()
         for layer in self.layers:
-            w, more = _univariate(layer, w).call_and_ladj(w)
+            w, more = univariate(layer, w).call_and_ladj(w)
             ladj = ladj + more
         return w, ladj
 
@@ -261,30 +263,3 @@ class LatentFlow(dist.TorchDistribution):
         """Anything after the numbers at hand: the ones before do not depend on it."""
         rest = self.flow.centre[u.shape[-1] :]
         return torch.cat([u, rest.expand(*u.shape[:-1], len(rest))], -1)
-
-
-def _spline(size: int, family: Flow) -> nn.Module:
-    """One autoregressive layer that begins as the identity."""
-    validating = Distribution._validate_args
-    try:
-        from zuko.flows.autoregressive import MaskedAutoregressiveTransform  # sets torch's validation off
-        from zuko.transforms import MonotonicRQSTransform
-    finally:
-        Distribution.set_default_validate_args(validating)
-    network = {"hidden_features": family.hidden, "activation": nn.ELU} if size > 1 else {}
-    layer = MaskedAutoregressiveTransform(
-        size,
-        univariate=partial(MonotonicRQSTransform, slope=1e-3),
-        shapes=[(family.bins,), (family.bins,), (family.bins - 1,)],
-        **network,
-    )
-    with torch.no_grad():
-        for parameter in layer.hyper[-1].parameters() if size > 1 else layer.parameters():
-            parameter.zero_()
-    return layer
-
-
-def _univariate(layer: nn.Module, w: Tensor) -> Any:
-    """The splines of a layer at a value, one for each number."""
-    transform = layer()
-    return (transform.meta(w) if hasattr(transform, "meta") else transform).base

@@ -12,6 +12,7 @@ from stochdyn.data import Series
 from stochdyn.encoders import AbstractEncoder
 from stochdyn.errors import GuideError
 from stochdyn.guides.latent import LatentNormal
+from stochdyn.guides.local_flow import LocalFlow, SiteFlow, of_groups
 from stochdyn.guides.messages import FreeMessage
 from stochdyn.guides.passes import Run
 from stochdyn.guides.plates import Place, key_of
@@ -56,29 +57,33 @@ class AmortizedSite(nn.Module):
     unit: Tensor
     before: Tensor
 
-    def __init__(self, scale: Scale, before: Tensor, head: SiteHead) -> None:
+    def __init__(self, scale: Scale, before: Tensor, head: SiteHead, family: LocalFlow | None) -> None:
         super().__init__()
         self.register_buffer("centre", scale[0])
         self.register_buffer("unit", scale[1])
         self.register_buffer("before", before)
         self.head = head
+        features = head.inner.in_features
+        self.flow = None if family is None else SiteFlow(features, len(scale[0]), family).to(scale[0])
 
     @classmethod
-    def begin(cls, scale: Scale, before: list[Scale], encoding: int, hidden: int) -> "AmortizedSite":
+    def begin(
+        cls, scale: Scale, before: list[Scale], encoding: int, hidden: int, family: LocalFlow | None = None
+    ) -> "AmortizedSite":
         """A new one, with a weak message that knows no data yet."""
         columns = [torch.stack(pair) for pair in before]
         stacked = torch.cat(columns, -1) if columns else scale[0].new_zeros(2, 0)
         start = _FAMILY.start(len(scale[0])).to(scale[0])
         head = SiteHead(encoding + stacked.shape[-1], hidden, len(start)).to(start).begin(start)
-        return cls(scale, stacked, head)
+        return cls(scale, stacked, head, family)
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Tensor]) -> "AmortizedSite":
+    def of_state(cls, state: Mapping[str, Tensor], family: LocalFlow | None = None) -> "AmortizedSite":
         """An empty one with the shapes of a state_dict."""
         hidden, features = state["head.inner.weight"].shape
         head = SiteHead(features, hidden, len(state["head.outer.bias"])).to(state["head.inner.weight"])
         zeros = {name: torch.zeros_like(state[name]) for name in ("centre", "unit", "before")}
-        return cls((zeros["centre"], zeros["unit"]), zeros["before"], head)
+        return cls((zeros["centre"], zeros["unit"]), zeros["before"], head, family)
 
     def messages(self, encoding: Tensor, upstream: list[Tensor]) -> tuple[NaturalMessage, NaturalMessage]:
         """One message per row, and the same with only the guide's own parameters detached.
@@ -87,17 +92,26 @@ class AmortizedSite(nn.Module):
             encoding: (rows, hidden).
             upstream: (*particles, rows or 1, size) unconstrained values of the latents sampled before.
         """
+        x, x_score = self._inputs(encoding, upstream)
+        numbers = self.head(x)
+        if not upstream:
+            return self._message(numbers), self._message(numbers.detach())
+        own = {name: p.detach() for name, p in self.head.named_parameters()}
+        return self._message(numbers), self._message(torch.func.functional_call(self.head, own, (x_score,)))
+
+    def contexts(self, encoding: Tensor, upstream: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """What the flow reads, of every row, in the same two ways; None without a flow."""
+        return None if self.flow is None else self.flow.contexts(*self._inputs(encoding, upstream))
+
+    def _inputs(self, encoding: Tensor, upstream: list[Tensor]) -> tuple[Tensor, Tensor]:
         encoding = encoding.to(self.unit)
         lead = torch.broadcast_shapes(encoding.shape[:-1], *[v.shape[:-1] for v in upstream])
         parts = [v.expand(*lead, -1).to(self.unit) for v in upstream]
         seen = torch.cat([*parts, self.unit.new_zeros(*lead, 0)], -1)
         seen = (seen - self.before[0]) / self.before[1]
-        numbers = self.head(torch.cat([encoding.expand(*lead, -1), seen], -1))
-        if not upstream:
-            return self._message(numbers), self._message(numbers.detach())
-        own = {name: p.detach() for name, p in self.head.named_parameters()}
-        x = torch.cat([encoding.detach().expand(*lead, -1), seen], -1)
-        return self._message(numbers), self._message(torch.func.functional_call(self.head, own, (x,)))
+        encodings = encoding, encoding.detach()
+        attached, detached = (torch.cat([e.expand(*lead, -1), seen], -1) for e in encodings)
+        return attached, detached
 
     def _message(self, numbers: Tensor) -> NaturalMessage:
         message = _FAMILY.build(numbers, self.unit, self.centre, None)
@@ -116,12 +130,13 @@ class AmortizedLatents(nn.Module):
     """All amortised latents of a guide.
 
     Args:
-        plates: by the name of a site that of the plate over whose members it is amortised.
+        plates: by the name of a site that of the plate over whose members it is amortised, or a flow in it.
     """
 
-    def __init__(self, plates: Mapping[str, str]) -> None:
+    def __init__(self, plates: Mapping[str, str | LocalFlow]) -> None:
         super().__init__()
-        self.plates = dict(plates)
+        self.plates = {n: p.plate if isinstance(p, LocalFlow) else p for n, p in plates.items()}
+        self.flows = {key_of(n): p for n, p in plates.items() if isinstance(p, LocalFlow)}
         self.sites = nn.ModuleDict()
         self.summaries: Summaries | None = None
 
@@ -161,7 +176,8 @@ class AmortizedLatents(nn.Module):
                 _check_place(latent.place, self.plates[name], batch)
                 if key_of(name) not in self.sites:
                     seen = [scales[n] for n, p in before if seen_by_series(p, batch, self.plates[name])]
-                    self.sites[key_of(name)] = AmortizedSite.begin(scales[name], seen, *sizes)
+                    flow = self.flows.get(key_of(name))
+                    self.sites[key_of(name)] = AmortizedSite.begin(scales[name], seen, *sizes, flow)
             before.append((name, latent.place))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -171,13 +187,22 @@ class AmortizedLatents(nn.Module):
                 name, _, rest = key[len(f"{prefix}sites.") :].partition(".")
                 states.setdefault(name, {})[rest] = value
         for name, state in states.items():
+            self._check_flow(name, state)
             own = self.sites[name].state_dict() if name in self.sites else {}
             if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
-                self.sites[name] = AmortizedSite.of_state(state)
+                self.sites[name] = AmortizedSite.of_state(state, self.flows.get(name))
         rows = state_dict.get(f"{prefix}summaries.rows")
         if rows is not None and (self.summaries is None or self.summaries.rows.shape != rows.shape):
             self.summaries = Summaries.of_state({"rows": rows})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_flow(self, key: str, state: Mapping[str, Tensor]) -> None:
+        stored, own = any(k.startswith("flow.") for k in state), self.flows.get(key)
+        if stored != (own is not None):
+            raise GuideError(
+                f"The state of amortised site '{key}' has {'a' if stored else 'no'} flow, this guide was made with "
+                f"{'none' if own is None else own}. Make it with the same `amortize`."
+            )
 
     def posterior(
         self, prior: dist.TorchDistribution, place: Place, run: Run, encoder: AbstractEncoder
@@ -195,12 +220,15 @@ class AmortizedLatents(nn.Module):
         site = self.sites[key_of(place.name)]
         if pooled:
             encoding = self._whole(batch, encoding, run)
-        messages = site.messages(encoding, upstream)
+        messages, contexts = site.messages(encoding, upstream), site.contexts(encoding, upstream)
         if pooled:
             grouping = batch.grouping(plate)
-            messages = tuple(m.pooled(grouping.member, len(grouping)) for m in messages)
+            group = grouping.member, len(grouping)
+            messages = tuple(m.pooled(*group) for m in messages)
+            contexts = contexts and (of_groups(contexts[0], *group), of_groups(contexts[1], *group))
         message, score = (m.moved(frame.dim) for m in messages)
-        return twisted(prior, gaussian_base(prior, site.centre, site.unit), message, score)
+        warp = None if contexts is None else site.flow.warp(contexts, frame.dim)
+        return twisted(prior, gaussian_base(prior, site.centre, site.unit), message, score, warp)
 
     def median(self, name: str, prior: dist.TorchDistribution) -> Tensor:
         """The prior's median: what a path's estimate holds a latent at that comes after it."""

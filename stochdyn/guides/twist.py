@@ -11,6 +11,7 @@ from torch.distributions.transforms import ComposeTransform, Transform
 from stochdyn.device import cholesky
 from stochdyn.guides.latent import LatentNormal
 from stochdyn.guides.sites import free_shape
+from stochdyn.guides.splines import Warp
 from stochdyn.paths.noise import FullTwist, matvec
 
 
@@ -32,7 +33,7 @@ class NaturalMessage:
     def moved(self, dim: int) -> "NaturalMessage":
         """With the members at another plate's dimension (negative, counted over the batch)."""
         h, J = self.information, self.precision
-        return NaturalMessage(_moved(h, dim, 1), _moved(J, dim, 2))
+        return NaturalMessage(moved(h, dim, 1), moved(J, dim, 2))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ def gaussian_base(prior: dist.TorchDistribution, centre: Tensor, unit: Tensor) -
 
 
 def twisted(
-    prior: dist.TorchDistribution, base: GaussianBase, message: NaturalMessage, score: NaturalMessage
+    prior: dist.TorchDistribution,
+    base: GaussianBase,
+    message: NaturalMessage,
+    score: NaturalMessage,
+    warp: Warp | None = None,
 ) -> LatentNormal:
     """q = base x message, renormalised, over the latent.
 
@@ -90,10 +95,11 @@ def twisted(
         base: its Gaussian base.
         message: the message.
         score: the same with the guide's own parameters detached, as `score_parts` sees it.
+        warp: splines on its noise.
     """
     loc, factor = _product(base, message)
     shapes = prior.event_shape, free_shape(prior) if not base.own else _inner_shape(prior, base.transform)
-    q = LatentNormal(loc, factor, base.transform, shapes, _product(base, score))
+    q = LatentNormal(loc, factor, base.transform, shapes, _product(base, score), warp)
     batch = torch.broadcast_shapes(prior.batch_shape, q.batch_shape)
     return q if batch == q.batch_shape else q.expand(batch)
 
@@ -141,7 +147,8 @@ def _inner_shape(prior: dist.TorchDistribution, transform: Transform) -> torch.S
     return torch.Size(shape[len(prior.batch_shape) :])
 
 
-def _moved(x: Tensor, dim: int, tail: int) -> Tensor:
+def moved(x: Tensor, dim: int, tail: int) -> Tensor:
+    """With the last batch dimension at a plate's (negative); `tail` dimensions are not of the batch."""
     while x.dim() - tail < -dim:
         x = x[None]
     return x.transpose(-1 - tail, dim - tail)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -53,9 +55,22 @@ def test_the_intensity_starts_at_its_rate_and_holds_the_families():
     with torch.no_grad():
         intensity.slope.copy_(torch.tensor([[0.2, 0.0, 0.0], [0.0, 0.0, -1.0]]))
         intensity.log_rise.copy_(torch.tensor([[0.5, 0.25], [2.0, 1.0]]).log())
-    expected = torch.tensor([0.3 * torch.tensor(-0.2).exp() + 0.75, 0.3 * torch.tensor(-2.0).exp() + 3.0])
+    power = 0.3 / (2.0 + 5.0**0.5)  # exp(-asinh(2)), of a coordinate that decays
+    expected = torch.tensor([0.3 * torch.tensor(-0.2).exp() + 0.75, power + 3.0])
     assert torch.allclose(intensity(ZERO, z)[1], expected.double(), atol=1e-6)
     assert sd.JumpIntensity(3, ()).net is None
+
+
+def test_a_larger_burst_is_no_catastrophe():
+    """Ten times the jumps multiply the intensity by ten to the slope, not by exp(ten): only the integrator does that."""
+    intensity = sd.JumpIntensity(2, (), rate=1.0).double()
+    with torch.no_grad():
+        intensity.slope.copy_(torch.tensor([[1.0, 1.5]]))
+        intensity.log_rise.fill_(-40.0)
+    for far, ratio in (([0.0, 1000.0], 10**1.5), ([100.0, 0.0], math.exp(90.0))):
+        z = torch.tensor(far, dtype=torch.float64)
+        found = intensity(ZERO, z) / intensity(ZERO, z / 10)
+        assert found.item() == pytest.approx(ratio, rel=1e-3)
 
 
 def test_numbers_out_of_range_are_refused():
