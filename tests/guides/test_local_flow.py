@@ -26,7 +26,7 @@ from tests.hierarchies import (
     three_levels,
     two_levels,
 )
-from tests.models import F64, elbos, mean_and_error, normal
+from tests.programs import F64, elbos, mean_and_error, normal
 
 PLATES = {"theta": "subject", "mu": "site"}
 SMALL = {"hidden": (8,), "bins": 6}

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Distribution
 
 from stochdyn.guides.splines import ConditionalSplines, Warp, spline_layer, univariate
-from tests.models import F64
+from tests.programs import F64
 
 
 @pytest.fixture(autouse=True)
