@@ -103,7 +103,7 @@ def draw(found: dict[str, torch.Tensor], new: sd.Jumps, out: Path) -> None:
         )
         for name, rates in found.items():
             axis.hist(rates[:, k].log(), 60, range=(-5, 2), density=True, histtype="step", label=name)
-        axis.set(title=f"{int(new.counts[k])} faults in 5 months", xlabel="log rate", yticks=[])
+        axis.set(title=f"faults in 5 months: {int(new.counts[k])}", xlabel="log rate", yticks=[])
     axes[0].legend(frameon=False)
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "rare_faults.png", dpi=150)
