@@ -137,9 +137,9 @@ class AbstractTorchSDE(AbstractSDESolver):
 class SRK(AbstractTorchSDE):
     """Rößler's stochastic Runge-Kutta methods SRA1 (additive noise) and SRID2 (diagonal noise, or a single one).
 
-    Itô convention. Strong order 1.5; two calls of the drift for additive noise, four of drift and diffusion else. The
-    diffusion of a coordinate must depend on that coordinate alone. By torchsde, on times that all series share; no
-    density. For accurate simulation along a given `BrownianMotion`.
+    Itô convention. Strong and weak order 1.5; two calls of the drift for additive noise, four of drift and diffusion
+    else. The diffusion of a coordinate must depend on that coordinate alone. By torchsde, on times that all series
+    share; no density. For accurate simulation along a given `BrownianMotion`.
 
     Raises:
         DiffusionError: when called, for a matrix diffusion with several noises that is not a constant.
