@@ -63,7 +63,7 @@ def time_rescaling(process: AbstractPointProcess, jumps: Any, *, given: int = 0)
             the clock starts at the first.
 
     Raises:
-        DataError: if there are fewer than 10 jumps.
+        DataError: if there are fewer than 10 jumps, or the compensator over a gap is not finite.
 
     References:
         Brown et al., "The time-rescaling theorem and its application to neural spike train data analysis", 2002,
@@ -81,7 +81,9 @@ def time_rescaling(process: AbstractPointProcess, jumps: Any, *, given: int = 0)
     """
     from scipy import stats
 
-    own, after = process.residuals(jumps.values if isinstance(jumps, Jumps) else jumps)
+    values = jumps.values if isinstance(jumps, Jumps) else jumps
+    own, after = process.residuals(values)
+    _check_finite(own, values)
     # Rounding may leave less than nothing after a jump at the end of the window.
     residuals = _end_to_end(
         own.reshape(after.numel(), own.shape[-1])[:, given:], after.reshape(-1).clamp(min=0)
@@ -97,6 +99,18 @@ def time_rescaling(process: AbstractPointProcess, jumps: Any, *, given: int = 0)
     lag = float(np.corrcoef(scores[:-1], scores[1:])[0, 1])
     pvalue = float(2 * stats.norm.sf(abs(lag) * np.sqrt(len(scores) - 1)))
     return TimeRescaling(residuals, float(ks.statistic), float(ks.pvalue), lag, pvalue)
+
+
+def _check_finite(own: torch.Tensor, values: torch.Tensor) -> None:
+    """Refuse gaps whose compensator is no number: an unused row has none, a jump must."""
+    bad = torch.isfinite(values[..., 0]).expand(own.shape) & ~torch.isfinite(own)
+    if bool(bad.any()):
+        *series, k = bad.nonzero()[0].tolist()
+        raise DataError(
+            f"series {series[0] if len(series) == 1 else tuple(series) or 0}, time "
+            f"{float(values.expand(*own.shape, values.shape[-1])[(*series, k, 0)]):g}: the compensator over the gap "
+            "before this jump is not finite. Bound the intensity."
+        )
 
 
 def _end_to_end(own: torch.Tensor, after: torch.Tensor) -> np.ndarray:

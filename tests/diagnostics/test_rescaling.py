@@ -88,3 +88,16 @@ def test_jumps_that_are_given_do_not_count():
     process = sd.PoissonProcess(1.0, torch.zeros(300), times[:, -1])
     assert not sd.time_rescaling(process, times[..., None], given=1).rejects()
     assert sd.time_rescaling(process, times[..., None]).rejects()
+
+
+def test_a_gap_without_a_finite_compensator_is_named():
+    jumps = sd.Jumps.from_list([[0.5 + k for k in range(20)], [0.5, 9.0]], t0=0.0, t1=30.0)
+
+    class Broken(sd.PoissonProcess):
+        def residuals(self, jumps):
+            own, after = super().residuals(jumps)
+            return torch.where(jumps[..., 0] == 9.0, torch.nan, own), after
+
+    with pytest.raises(sd.DataError, match="series 1, time 9: the compensator over the gap before this jump"):
+        sd.time_rescaling(Broken(1.0, torch.zeros(2).double(), 30.0), jumps)
+    assert len(sd.time_rescaling(sd.PoissonProcess(1.0, 0.0, 30.0), jumps).residuals) == 22

@@ -65,6 +65,10 @@ class Pieces(Occurrences):
         )
         wide = gap[..., None].expand(*gap.shape, marks.shape[-1])
         marks = marks.gather(0, wide) * real[..., None]
+        if bool(real[-1:].any()):  # a jump at the end of the window, after which there is no piece
+            times = torch.cat([times, jumps.end.expand(batch)[None]])
+            marks = torch.cat([marks, torch.zeros_like(marks[:1])])
+            real = torch.cat([real, torch.zeros_like(real[:1])])
         return cls(times[:-1], marks[:-1], real[:-1], jumps.start, jumps.end)
 
     def before(self, ts: Tensor) -> Tensor:

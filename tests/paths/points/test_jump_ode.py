@@ -73,6 +73,14 @@ def test_it_is_the_hawkes_process(flow, jump, nodes):
     assert float(after) == pytest.approx(float(rest), abs=1e-6)
 
 
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_jump_at_the_end_of_the_window_counts(flow):
+    jumps = torch.tensor([[0.5], [2.0], [END]], dtype=torch.float64)
+    process, peer = hawkes(flow), sd.Hawkes(0.5, 0.8, 1.6, 0.0, END)
+    assert float(process.log_prob(jumps)) == pytest.approx(float(peer.log_prob(jumps)), abs=1e-6)
+    assert torch.allclose(process.residuals(jumps)[0], peer.residuals(jumps)[0], atol=1e-6)
+
+
 def test_another_decay_is_another_process():
     wrong = sd.JumpODE(Decay(1.61), Rise(1), hawkes_rate, Z0, 0.0, END)
     assert abs(float(wrong.log_prob(value())) - HAWKES_LOG_PROB) > 1e-3

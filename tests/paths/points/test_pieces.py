@@ -51,6 +51,13 @@ def test_a_jump_at_the_start_and_the_piece_of_a_time():
     assert pieces.before(at)[:, 0].tolist() == [0, 1, 1, 2, 2, 3, 3]
 
 
+def test_a_jump_at_the_end_of_the_longest_sequence_is_kept():
+    pieces = cut([[0.5, 2.0], [1.0]], [2.0, 2.0], 1.0)
+    assert pieces.real.sum(0).tolist() == [2, 1]
+    assert pieces.edges[:, 0].tolist() == [0.0, 0.5, 1.25, 2.0, 2.0]
+    assert pieces.edges[-1].tolist() == [2.0, 2.0]
+
+
 def test_a_step_in_the_wrong_units_is_an_error():
     with pytest.raises(sd.TimeError, match=r"step of 1e-09 cuts a sequence into 1000000000 pieces"):
         cut([[0.5]], [1.0], 1e-9)
