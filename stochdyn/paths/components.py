@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from stochdyn.paths.mixture_message import MixtureMessage
 
 _LOG_2PI = math.log(2 * math.pi)
-# The log weight of what does not happen: finite, so that gradients are.
-NOTHING = -1e4
+# The log weight of what does not happen: finite, so that gradients are; far below that of anything that does, which is
+# the value at zero of a factor whose centre may lie anywhere.
+NOTHING = -1e30
 
 
 def root(A: Tensor) -> Tensor:

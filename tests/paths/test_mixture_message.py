@@ -56,6 +56,21 @@ def test_the_filter_is_the_likelihood_of_what_follows():
     assert worst[5] < 1e-3 < worst[3] < 0.1 < worst[2]
 
 
+def test_a_steep_drift_leaves_the_components_what_they_are():
+    """Weights are values at zero, which a steep drift takes far below those of the components' own centres."""
+    potential = problem(y=(0.0, 2.0))[2]
+    ts = torch.linspace(0, 1, 7, dtype=F64)
+    jumps = sd.CompoundPoisson(RATE, sd.NormalJump(number(SHIFT), number(JUMP)))
+    found = []
+    for slope in (0.0, 3e4):
+        path = sd.JumpDiffusionPath(lambda t, z, s=slope: s + 0 * z, number(SIGMA), jumps, number(-slope), ts)
+        m = path.filtered(potential).time_major()[0]
+        found.append((m.precision[..., 0, 0], m.information[:, 0] / m.precision[:, 0, 0] + slope))
+    (precision, centre), (steep, moved) = found
+    assert (precision > 0).all() and torch.allclose(steep, precision, rtol=1e-6)
+    assert torch.allclose(moved, centre, rtol=1e-6)
+
+
 def test_component_c_holds_what_c_jumps_say():
     _, path, potential = problem(substeps=3)
     m = path.filtered(potential, components=4).time_major()[0]
