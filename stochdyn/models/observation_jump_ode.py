@@ -51,8 +51,9 @@ class ObservationJumpODE(nn.Module):
         distribution of batch shape (*batch, channel).
 
     Raises:
-        ShapeError: if a batch has another number of channels or covariates.
-        FieldError: if a jump returns another shape.
+        ShapeError: if a batch has another number of channels or covariates, the decoder one of channels, or `start`
+            another size.
+        FieldError: if a flow or a jump returns another shape.
         DivergedError: if the state leaves the finite numbers in a gap, naming its time.
         TimeError: if `dt` is not positive, or a gap would need more than 10,000 pieces of it.
 
@@ -113,6 +114,10 @@ class ObservationJumpODE(nn.Module):
             self.start = nn.Parameter(torch.zeros(hidden)) if start is None else start
         else:
             self.register_buffer("start", start)
+        if self.start.shape != (hidden,):
+            raise ShapeError(
+                f"ObservationJumpODE: `start` must have shape (hidden,) = ({hidden},), got {tuple(self.start.shape)}."
+            )
         self._guide = (EmptyGuide(self),)
 
     @property
@@ -180,7 +185,13 @@ class ObservationJumpODE(nn.Module):
         return self._decode(*past.until(times.expand(len(batch), -1)))
 
     def _decode(self, h: Tensor, memory: Memory) -> Any:
-        return self.decoder(h, memory) if isinstance(self.decoder, AnchoredDecoder) else self.decoder(h)
+        seen = self.decoder(h, memory) if isinstance(self.decoder, AnchoredDecoder) else self.decoder(h)
+        if seen.batch_shape != memory.values.shape:
+            raise ShapeError(
+                f"The decoder returned the batch shape {tuple(seen.batch_shape)} for h of shape {tuple(h.shape)} and "
+                f"{self.obs_dim} channels, expected {tuple(memory.values.shape)}. Make it for obs_dim={self.obs_dim}."
+            )
+        return seen
 
     def _past(self, batch: Series) -> Past:
         self._check(batch)

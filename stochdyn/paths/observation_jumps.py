@@ -94,13 +94,12 @@ class ObservationJumps:
         more = () if context is None else (context,)
         if isinstance(self.flow, AbstractLinearFlow):
             decay, shift = self.flow.over(t.to(h.dtype), dt.to(h.dtype), *more)
-            return decay * h + shift, memory.later(dt.to(h.dtype))
+            return decay * h + _of_state("shift", shift, h), memory.later(dt.to(h.dtype))
 
         def slope(since: Tensor, h: Tensor) -> Tensor:
             now = t.to(h.dtype) + since
-            if isinstance(self.flow, AbstractMemoryFlow):
-                return self.flow(now, h, memory.later(since), *more)
-            return self.flow(now, h, *more)
+            known = (memory.later(since),) if isinstance(self.flow, AbstractMemoryFlow) else ()
+            return _of_state("dh/dt", self.flow(now, h, *known, *more), h)
 
         start = h
         for ends in self._pieces(dt, longest):
@@ -163,6 +162,16 @@ class ObservationJumps:
             after.append(state)
         (first, known), (last, learned) = _stacked(before), _stacked(after)
         return Trail(first, last, known, learned)
+
+
+def _of_state(what: str, found: Tensor, h: Tensor) -> Tensor:
+    """What a flow returned, unless it would only broadcast against h."""
+    if found.shape[-1:] != h.shape[-1:]:
+        raise FieldError(
+            f"The flow returned {what} of shape {tuple(found.shape)} for h of shape {tuple(h.shape)}. Its last size "
+            "must be that of h: make the flow for the same hidden."
+        )
+    return found
 
 
 def _check_finite(start: Tensor, h: Tensor, t: Tensor, dt: Tensor) -> None:

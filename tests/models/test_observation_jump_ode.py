@@ -265,6 +265,32 @@ def test_bad_input_is_named():
         small(anchored=True, decoder=sd.NormalDecoder(nn.Linear(6, 2), 2))
     with pytest.raises(sd.FieldError, match=r"jump returned shape \(3, 2\) for h of shape \(3, 6\)"):
         small(jump=exact_processes(lambda t, h, y, mask, seen: y).jump).double()(batch)
+    for start in (torch.zeros(5), torch.zeros(1), torch.tensor(0.0)):
+        with pytest.raises(
+            sd.ShapeError, match=r"`start` must have shape \(hidden,\) = \(6,\), got \((5,|1,|)\)"
+        ):
+            small(start=start)
+
+
+@pytest.mark.parametrize(
+    "flow", [AsModule(lambda t, h: -h[..., :1]), AsModule(lambda t, h: -h[..., :4]), sd.DecayFlow(1)]
+)
+def test_a_flow_of_another_size_is_named_and_does_not_broadcast(flow):
+    with pytest.raises(
+        sd.FieldError, match=r"The flow returned (dh/dt|shift) of shape \(3, (1|4)\) for h of shape \(3, 6"
+    ):
+        small(flow=flow).double()(ragged())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_decoder_of_other_channels_is_named_and_does_not_broadcast(channels):
+    normal = sd.NormalDecoder(nn.Linear(6, channels), channels)
+    with pytest.raises(
+        sd.ShapeError, match=r"batch shape \(3, \d\) .* expected \(3, 2\). Make it for obs_dim=2"
+    ):
+        small(decoder=normal).double()(ragged())
+    with pytest.raises(sd.ShapeError, match=rf"made for {channels} channels, the memory has 2"):
+        small(decoder=sd.AnchoredDecoder(6, channels)).double()(ragged())
 
 
 def test_forecasts_are_joint():

@@ -64,6 +64,10 @@ class CoxProcess(AbstractPointProcess):
         sampler: AbstractSampler | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        if not isinstance(log_intensity, Tensor):
+            raise ShapeError(
+                f"CoxProcess: `log_intensity` must be a tensor (*batch, time), got {type(log_intensity).__name__}."
+            )
         self.ts = torch.as_tensor(ts, device=log_intensity.device).double()
         check = bool(self._validate_args if validate_args is None else validate_args)
         batch = _check(log_intensity, self.ts, check)

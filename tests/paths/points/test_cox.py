@@ -96,6 +96,7 @@ def test_a_path_in_single_precision_keeps_the_digits_of_the_times():
     ("level", "ts", "error", "words"),
     [
         (torch.zeros(3), grid(0.0, 1.0), sd.ShapeError, "grid times"),
+        ([0.0, 0.0], grid(0.0, 1.0), sd.ShapeError, "must be a tensor .*, got list"),
         (torch.zeros(2, 3), grid(0.0, 2.0, 1.0), sd.TimeError, "does not increase after time 2"),
         (torch.tensor([[0.0, 0.0], [0.0, math.inf]]), grid(0.0, 1.0), sd.FieldError, "series 1, time 1"),
     ],
