@@ -66,7 +66,7 @@ def particle_evidence(
         )
         z, gained = moves.move(k, z, tuple(carried), picked)
         z, log_w = _kept(z, log_w - ahead + gained)
-    return total + torch.logsumexp(_finite(log_w), 0) - math.log(particles)
+    return (total + torch.logsumexp(_finite(log_w), 0) - math.log(particles)).to(z)
 
 
 def _checked(value: Tensor | None, log_w: Tensor) -> Tensor | float:

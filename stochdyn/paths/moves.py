@@ -107,7 +107,7 @@ class JumpMoves(AbstractMoves):
 
     def move(self, k: int, z: Tensor, carried: Carried, resampled: bool) -> tuple[Tensor, Tensor]:
         *parts, ahead = carried
-        new = torch.where(self.dt[k] > 0, Products(*parts).draw(), z)
+        new = torch.where(self.dt[k] > 0, Products(*parts).draw().to(z), z)
         return new, ahead - self.messages[k + 1].log_value(new)
 
 
