@@ -26,8 +26,8 @@ class ObservationJumpODE(nn.Module):
     model.guide, batch)` maximises it. Missing channels are masked and do not enter the jump; a time at which nothing
     is observed changes nothing. Censored values count as tails, and come to the jump as their limits.
 
-    Every series goes through its own times, so a batch costs as much as its longest series. Given the past, the
-    channels observed at one time are independent.
+    Every series goes through its own times: a batch takes as many jumps one after the other as its longest series, each
+    after a flow as long as the longest gap there. Given the past, the channels observed at one time are independent.
 
     Args:
         obs_dim: number of channels.

@@ -107,8 +107,9 @@ def jump_filter(
 
     Between observations a component holds exactly what follows so many jumps, where drift, diffusion and intensity are
     those of a Brownian motion; else those that jumped at different times are merged by their moments. At an observation
-    all are merged, after its factor: they differ little there when it says more than what follows. It is made in
-    double precision, whatever the path's: weights are values at zero, and states may be far from there.
+    all are merged that `memory` does not tell apart, after its factor: they differ little there when it says more than
+    what follows. It is made in double precision, whatever the path's: weights are values at zero, and states may be far
+    from there.
 
     Args:
         path: the prior, with normal jumps.
@@ -123,9 +124,9 @@ def jump_filter(
     check_guidable(path)
     chain = path.chain
     memory = int(chain.state_dim > 1) if memory is None else memory
-    if memory < 0:
+    if not isinstance(memory, int) or memory < 0:
         raise GuideError(f"`memory` is a number of gaps between observations, got {memory}.")
-    if components < 2:
+    if not isinstance(components, int) or components < 2:
         raise GuideError(f"A message of a jump diffusion needs at least two components, got {components}.")
     linear = linearise(chain, around)
     states = chain.split(around.detach())[0]

@@ -149,3 +149,18 @@ def test_refused():
     other = sd.JumpDiffusionPath(lambda t, z: -z, number(1.0), double, torch.zeros(1, dtype=F64), path.ts)
     with pytest.raises(sd.GuideError, match=r"need normal jumps"):
         other.filtered(potential)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"components": 1}, "at least two components, got 1"),
+        ({"components": 2.5}, "at least two components, got 2.5"),
+        ({"memory": -1}, "`memory` is a number of gaps between observations, got -1"),
+        ({"memory": 0.5}, "`memory` is a number of gaps between observations, got 0.5"),
+    ],
+)
+def test_numbers_of_components_that_are_none_are_named(options, words):
+    _, path, potential = problem()
+    with pytest.raises(sd.GuideError, match=words):
+        path.filtered(potential, **options)
