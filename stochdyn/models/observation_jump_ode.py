@@ -54,7 +54,7 @@ class ObservationJumpODE(nn.Module):
         ShapeError: if a batch has another number of channels or covariates, the decoder one of channels, or `start`
             another size.
         FieldError: if a flow or a jump returns another shape.
-        DivergedError: if the state leaves the finite numbers in a gap, naming its time.
+        DivergedError: if the state leaves the finite numbers in a gap or a jump, naming the series and the time.
         TimeError: if `dt` is not positive, or a gap would need more than 10,000 pieces of it.
 
     References:
@@ -195,7 +195,8 @@ class ObservationJumpODE(nn.Module):
 
     def _past(self, batch: Series) -> Past:
         self._check(batch)
-        jumps = ObservationJumps(self.flow, self.jump, self.solver, self.dt, self._longest)
+        ids = lambda: batch.ids  # noqa: E731 - read where it fails: an accelerator would be waited for
+        jumps = ObservationJumps(self.flow, self.jump, self.solver, self.dt, self._longest, ids)
         start = self.start.expand(len(batch), -1)
         past = Past.of(batch, jumps, self._decode, start, with_covariates=self.covariates > 0)
         if self.dt is not None and readable(past.rows.times) and past.rows.times.shape[1] > 1:
