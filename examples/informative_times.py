@@ -60,7 +60,7 @@ class Model:
             if self.joint:
                 log_intensity = often.log()[..., None] + pull[..., None] * z[..., 0]
                 visits = sd.Jumps.of_times(batch, 0.0, END)
-                visits.observe("visits", sd.CoxProcess(log_intensity, grid.ts))
+                visits.observe("visits", sd.CoxProcess(log_intensity, grid.ts, t1=END))
 
 
 # %% [markdown]

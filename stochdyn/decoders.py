@@ -121,6 +121,9 @@ class AnchoredDecoder(nn.Module):
     Shapes:
         h (*batch, state), a `Memory` of (*batch, channel); the batch shape is (*batch, channel).
 
+    Raises:
+        ShapeError: if the memory has another number of channels.
+
     Example:
         >>> import stochdyn as sd
         >>> memory = sd.Memory(torch.full((5, 2), 3.0), torch.zeros(5, 2), torch.ones(5, 2))
@@ -134,6 +137,11 @@ class AnchoredDecoder(nn.Module):
 
     def forward(self, h: Tensor, memory: Memory) -> dist.Normal:
         rate, log_scale, loc, log_width = self.net(h).chunk(4, -1)
+        own, channels = rate.shape[-1], memory.values.shape[-1]
+        if own != channels:
+            raise ShapeError(
+                f"AnchoredDecoder was made for {own} channels, the memory has {channels}. Set obs_dim={channels}."
+            )
         # Never quite zero, so that a density exists at the time of an observation too.
         elapsed = memory.elapsed.clamp_min(torch.finfo(h.dtype).eps ** 2)
         known = memory.seen > 0

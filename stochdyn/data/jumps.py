@@ -172,6 +172,8 @@ class Jumps(AbstractPopulation):
         """
         seen = series.mask.any(-1)
         times = torch.where(seen, series.times, float("inf")).sort(-1).values[:, : int(seen.sum(-1).max())]
+        if torch.equal(times.float().double(), times):
+            times = times.float()  # they may have been given so: 0.1 in float32 is not after 0.1
         kept = {name: getattr(series, name) for name in ("index", "population", "_ids", "_groups", "_whole")}
         return cls(times[..., None], t0, t1, ids=series.ids)._with(**kept)
 

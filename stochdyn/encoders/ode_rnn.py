@@ -74,9 +74,8 @@ class ODERNNEncoder(AbstractBackwardEncoder):
 
     def encode(self, rows: Rows) -> Tensor:
         y, mask, context = rows.inputs.split([self.obs_dim, self.obs_dim, self.covariates], -1)
-        times = rows.gap.double().cumsum(
-            1
-        )  # its differences are the gaps, which the time elapsed has rounded
+        # Its differences are the gaps, which the time elapsed has rounded.
+        times = rows.gap.double().cumsum(1)
         readings = Readings(times, y, mask, context if self.covariates else None)
         start = rows.inputs.new_zeros(len(rows.inputs), self.hidden)
         return self._jumps.run(start, readings).after

@@ -74,6 +74,7 @@ def corrected(
 ) -> MixtureMessage:
     """Every component corrected as a message of its own, around its own centre, where its value stays."""
     made = []
+    numbers, unit, around = (x.to(base.precision) for x in (numbers, unit, around))
     for c in range(base.log_weight.shape[-1]):
         own = Message(base.information[..., c, :], base.precision[..., c, :, :])
         # Around a point far out in a sharp component, a small correction would move its weight by nats.

@@ -26,8 +26,8 @@ class ObservationJumpODE(nn.Module):
     model.guide, batch)` maximises it. Missing channels are masked and do not enter the jump; a time at which nothing
     is observed changes nothing. Censored values count as tails, and come to the jump as their limits.
 
-    Every series goes through its own times, so a batch costs as much as its longest series. Given the past, the
-    channels observed at one time are independent.
+    Every series goes through its own times: a batch takes as many jumps one after the other as its longest series, each
+    after a flow as long as the longest gap there. Given the past, the channels observed at one time are independent.
 
     Args:
         obs_dim: number of channels.
@@ -51,9 +51,10 @@ class ObservationJumpODE(nn.Module):
         distribution of batch shape (*batch, channel).
 
     Raises:
-        ShapeError: if a batch has another number of channels or covariates.
-        FieldError: if a jump returns another shape.
-        DivergedError: if the state leaves the finite numbers in a gap, naming its time.
+        ShapeError: if a batch has another number of channels or covariates, the decoder one of channels, or `start`
+            another size.
+        FieldError: if a flow or a jump returns another shape.
+        DivergedError: if the state leaves the finite numbers in a gap or a jump, naming the series and the time.
         TimeError: if `dt` is not positive, or a gap would need more than 10,000 pieces of it.
 
     References:
@@ -113,6 +114,10 @@ class ObservationJumpODE(nn.Module):
             self.start = nn.Parameter(torch.zeros(hidden)) if start is None else start
         else:
             self.register_buffer("start", start)
+        if self.start.shape != (hidden,):
+            raise ShapeError(
+                f"ObservationJumpODE: `start` must have shape (hidden,) = ({hidden},), got {tuple(self.start.shape)}."
+            )
         self._guide = (EmptyGuide(self),)
 
     @property
@@ -180,11 +185,18 @@ class ObservationJumpODE(nn.Module):
         return self._decode(*past.until(times.expand(len(batch), -1)))
 
     def _decode(self, h: Tensor, memory: Memory) -> Any:
-        return self.decoder(h, memory) if isinstance(self.decoder, AnchoredDecoder) else self.decoder(h)
+        seen = self.decoder(h, memory) if isinstance(self.decoder, AnchoredDecoder) else self.decoder(h)
+        if seen.batch_shape != memory.values.shape:
+            raise ShapeError(
+                f"The decoder returned the batch shape {tuple(seen.batch_shape)} for h of shape {tuple(h.shape)} and "
+                f"{self.obs_dim} channels, expected {tuple(memory.values.shape)}. Make it for obs_dim={self.obs_dim}."
+            )
+        return seen
 
     def _past(self, batch: Series) -> Past:
         self._check(batch)
-        jumps = ObservationJumps(self.flow, self.jump, self.solver, self.dt, self._longest)
+        ids = lambda: batch.ids  # noqa: E731 - read where it fails: an accelerator would be waited for
+        jumps = ObservationJumps(self.flow, self.jump, self.solver, self.dt, self._longest, ids)
         start = self.start.expand(len(batch), -1)
         past = Past.of(batch, jumps, self._decode, start, with_covariates=self.covariates > 0)
         if self.dt is not None and readable(past.rows.times) and past.rows.times.shape[1] > 1:

@@ -142,7 +142,7 @@ class Past:
         t = self.rows.times[i, row]
         context = None if self.rows.context is None else self.rows.context[i, row]
         h, memory = self.trail.after[i, row], self.trail.memory_after.apply(lambda x: x[i, row])
-        return self.jumps.between(t[:, None], (ts - t)[:, None], h, memory, context)
+        return self.jumps.between(t[:, None], (ts - t)[:, None], h, memory, context, who=i)
 
     def _check(self, ts: Tensor, row: Tensor) -> None:
         bad = (row < 0) | ~ts.isfinite()

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from stochdyn.paths.mixture_message import MixtureMessage
 
 _LOG_2PI = math.log(2 * math.pi)
-# The log weight of what does not happen: finite, so that gradients are.
-NOTHING = -1e4
+# The log weight of what does not happen: finite, so that gradients are; far below that of anything that does, which is
+# the value at zero of a factor whose centre may lie anywhere.
+NOTHING = -1e30
 
 
 def root(A: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def merged(w: Tensor, h: Tensor, J: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The one factor with the mass, mean and covariance of several, w (..., c), h (..., c, state), J likewise.
 
     Factors that say nothing of some direction have no moments there: all get the same weak normal beside them first,
-    which is taken away again. What weighs nothing says nothing.
+    which is taken away again. It stands where their product does. What weighs nothing says nothing.
 
     Example:
         >>> w, h, J = merged(torch.zeros(2), torch.tensor([[1.0], [1.0]]), torch.ones(2, 1, 1))
@@ -189,6 +190,8 @@ def merged(w: Tensor, h: Tensor, J: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     alive = (w > 0.5 * NOTHING)[..., None]
     h, J = torch.where(alive, h, torch.zeros_like(h)), torch.where(alive[..., None], J, torch.zeros_like(J))
     P, known = _weak(J)
+    origin = solved(root(J.sum(-3) + torch.diag_embed(P)), h.sum(-2)).detach()
+    w, h = _moved(w, h, J, origin[..., None, :])
     L = root(J + torch.diag_embed(P)[..., None, :, :])
     mean = solved(L, h)
     mass = w + 0.5 * (h * mean).sum(-1) - log_volume(L)
@@ -204,7 +207,14 @@ def merged(w: Tensor, h: Tensor, J: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     precision = torch.where(
         known[..., None] & known[..., None, :], _inverse(L) - left, torch.zeros_like(covariance)
     )
-    return total - back, torch.where(known, information, torch.zeros_like(information)), precision
+    information = torch.where(known, information, torch.zeros_like(information))
+    return (*_moved(total - back, information, precision, -origin), precision)
+
+
+def _moved(w: Tensor, h: Tensor, J: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Log weight and information of a factor as it is seen from a point."""
+    pull = matvec(J, origin)
+    return w + (origin * (h - 0.5 * pull)).sum(-1), h - pull
 
 
 def _inverse(L: Tensor) -> Tensor:

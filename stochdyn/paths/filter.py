@@ -36,7 +36,7 @@ def particle_evidence(
         (*batch,) estimates of log p(y). exp of it is unbiased, itself it is low by about half its variance.
 
     Raises:
-        FieldError: if `log_likelihood` returns another shape, or there are no particles.
+        FieldError: if `log_likelihood` returns another shape, there are no particles, or the path is of another kind.
 
     References:
         Whiteley & Lee, "Twisted particle filters", Annals of Statistics 2014, https://doi.org/10.1214/13-AOS1167;
@@ -66,7 +66,7 @@ def particle_evidence(
         )
         z, gained = moves.move(k, z, tuple(carried), picked)
         z, log_w = _kept(z, log_w - ahead + gained)
-    return total + torch.logsumexp(_finite(log_w), 0) - math.log(particles)
+    return (total + torch.logsumexp(_finite(log_w), 0) - math.log(particles)).to(z)
 
 
 def _checked(value: Tensor | None, log_w: Tensor) -> Tensor | float:

@@ -115,7 +115,7 @@ class GuidedJumpPath(dist.TorchDistribution):
         states = [z]
         for k, (s, h, row) in enumerate(zip(t.unbind(0), dt.unbind(0), rows, strict=True)):
             mixture = self.mixture(s, h, z, row, after[k + 1], most)
-            z = torch.where(h > 0, mixture.draw(), z)
+            z = torch.where(h > 0, mixture.draw().to(z), z)
             states.append(z)
         value = torch.stack(states, -2)
         if self._validate_args:
@@ -153,11 +153,12 @@ class GuidedJumpPath(dist.TorchDistribution):
             own = start.sample(torch.Size(shape[: len(shape) - len(self.batch_shape)]))
             return own.expand(*shape, start.state_dim)
         first = self._first(start, self.message).expanded(shape)
-        return start.from_base(start.loc + start.noise.apply(first.draw()))
+        return start.from_base(start.loc + start.noise.apply(first.draw().to(start.loc)))
 
     def _first(self, start: RandomStart, message: MixtureMessage) -> Products:
         """The noise of the start in its base coordinates, where the message acts."""
-        m, loc, G = message.time_major()[0], start.loc[..., None, :], start.noise.factor()[..., None, :, :]
+        m = message.time_major()[0]
+        loc, G = (x.to(m.precision) for x in (start.loc[..., None, :], start.noise.factor()[..., None, :, :]))
         pull = matvec(m.precision, loc)
         own = MixtureMessage(
             m.log_weight + (loc * (m.information - 0.5 * pull)).sum(-1),
@@ -170,6 +171,8 @@ class GuidedJumpPath(dist.TorchDistribution):
     def _mixture(
         self, a: Tensor, scale: Tensor, rate: Tensor, message: MixtureMessage, most: int
     ) -> Products:
+        # Log weights are values at zero: far from it their differences need more digits than states have.
+        a, scale, rate = (x.to(message.precision) for x in (a, scale, rate))
         m, d, log_prior = counted(self.prior, a, scale.square(), rate, most)
         return Products.of(log_prior, m, d, message)
 
@@ -197,13 +200,13 @@ class GuidedJumpPath(dist.TorchDistribution):
         density = torch.cat(
             [
                 self._mixture(steps.a[p], steps.scale[p], rate[p], at[1:][p], most).log_density(
-                    steps.after[p]
+                    steps.after[p].to(message.precision)
                 )
                 for p in parts
             ]
         )
         density = torch.where(steps.real, density, torch.zeros_like(density))
-        return self.score_start(value[..., 0, :], message) + density.sum(0)
+        return self.score_start(value[..., 0, :], message) + density.sum(0).to(value)
 
     def score_start(self, z0: Tensor, message: MixtureMessage) -> Tensor:
         """The log density of an initial state under its prior times a message."""
@@ -212,4 +215,5 @@ class GuidedJumpPath(dist.TorchDistribution):
             return start.log_prob(z0)
         e, ladj = start.to_base(z0)
         xi = start.noise.solve(e - start.loc)
-        return self._first(start, message).log_density(xi) - start.noise.logdet() - ladj
+        density = self._first(start, message).log_density(xi.to(message.precision)).to(xi)
+        return density - start.noise.logdet() - ladj

@@ -49,7 +49,7 @@ class MixtureMessage:
 
     def log_value(self, z: Tensor) -> Tensor:
         """Its logarithm at states (*batch, time, state)."""
-        z = z[..., None, :]
+        z = z.to(self.precision)[..., None, :]
         return torch.logsumexp(
             self.log_weight + (z * (self.information - 0.5 * matvec(self.precision, z))).sum(-1), -1
         )
@@ -107,7 +107,9 @@ def jump_filter(
 
     Between observations a component holds exactly what follows so many jumps, where drift, diffusion and intensity are
     those of a Brownian motion; else those that jumped at different times are merged by their moments. At an observation
-    all are merged, after its factor: they differ little there when it says more than what follows.
+    all are merged that `memory` does not tell apart, after its factor: they differ little there when it says more than
+    what follows. It is made in double precision, whatever the path's: weights are values at zero, and states may be far
+    from there.
 
     Args:
         path: the prior, with normal jumps.
@@ -122,20 +124,21 @@ def jump_filter(
     check_guidable(path)
     chain = path.chain
     memory = int(chain.state_dim > 1) if memory is None else memory
-    if memory < 0:
+    if not isinstance(memory, int) or memory < 0:
         raise GuideError(f"`memory` is a number of gaps between observations, got {memory}.")
-    if components < 2:
+    if not isinstance(components, int) or components < 2:
         raise GuideError(f"A message of a jump diffusion needs at least two components, got {components}.")
     linear = linearise(chain, around)
     states = chain.split(around.detach())[0]
     t, dt, context = chain.layout(states.dim() - 1)
-    rate = path.intensity(t, states, context) * dt
+    rate = path.intensity(t, states, context).double() * dt
     ndim = max(states.dim() - 1, potential.information.dim() - 1)
     Q = linear.Q.diagonal(dim1=-2, dim2=-1)
-    F, b, Q, rate = lift(linear.F, ndim + 1), lift(linear.b, ndim), lift(Q, ndim), lift(rate, ndim)
+    F, b, Q = (lift(x.double(), ndim + k) for k, x in ((1, linear.F), (0, linear.b), (0, Q)))
+    rate = lift(rate, ndim)
     most = max(path.counts(rate, FILTER_TAIL), 1)
     steps = _Steps(F, *counted(path, b, Q, rate, most))
-    h, J = potential.information.movedim(-2, 0), potential.full().movedim(-3, 0)
+    h, J = potential.information.double().movedim(-2, 0), potential.full().double().movedim(-3, 0)
     return _backward(steps, lift(h, ndim), lift(J, ndim + 1), _Layout(components, memory))
 
 

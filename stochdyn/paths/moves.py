@@ -5,6 +5,7 @@ import abc
 import torch
 from torch import Tensor
 
+from stochdyn.errors import FieldError
 from stochdyn.paths.components import Products
 from stochdyn.paths.guided import GuidedPath
 from stochdyn.paths.guided_jumps import GuidedJumpPath
@@ -107,7 +108,7 @@ class JumpMoves(AbstractMoves):
 
     def move(self, k: int, z: Tensor, carried: Carried, resampled: bool) -> tuple[Tensor, Tensor]:
         *parts, ahead = carried
-        new = torch.where(self.dt[k] > 0, Products(*parts).draw(), z)
+        new = torch.where(self.dt[k] > 0, Products(*parts).draw().to(z), z)
         return new, ahead - self.messages[k + 1].log_value(new)
 
 
@@ -168,6 +169,9 @@ class GaussianMoves(AbstractMoves):
 def moves_of(path: Path) -> AbstractMoves:
     """How particles move along a path.
 
+    Raises:
+        FieldError: for anything else.
+
     Example:
         >>> import stochdyn as sd
         >>> path = sd.SDEPath(lambda t, z: -z, torch.tensor([0.5]), torch.zeros(1), torch.linspace(0, 1, 11))
@@ -178,6 +182,10 @@ def moves_of(path: Path) -> AbstractMoves:
         return PriorMoves(path)
     if isinstance(path, GuidedJumpPath):
         return JumpMoves(path)
+    if not isinstance(path, SDEPath | GuidedPath):
+        raise FieldError(
+            f"Particles move along an SDEPath, a JumpDiffusionPath, or a guided one, got {type(path).__name__}."
+        )
     return GaussianMoves(path if isinstance(path, GuidedPath) else path.guided())
 
 

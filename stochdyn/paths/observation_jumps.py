@@ -1,7 +1,7 @@
 """A state that flows between observations and jumps at them: the one loop of the model and of the encoder."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,12 @@ class ObservationJumps:
         solver: of the flow, over one gap.
         dt: the longest piece of a gap that the solver takes at once; None for whole gaps.
         longest: a gap that none exceeds, for where numbers may not be looked at.
+        ids: gives the labels of the series, for errors.
+
+    Raises:
+        DivergedError: if a state leaves the finite numbers, naming the series and the time.
+        FieldError: if a flow or a jump returns another shape.
+        TimeError: for a gap of too many pieces.
 
     Example:
         >>> import stochdyn as sd
@@ -79,6 +85,7 @@ class ObservationJumps:
     solver: AbstractODESolver
     dt: float | None = None
     longest: float = 0.0
+    ids: Callable[[], Sequence[Any]] = tuple
 
     def between(
         self,
@@ -89,23 +96,28 @@ class ObservationJumps:
         context: Tensor | None = None,
         *,
         longest: float | None = None,
+        who: Tensor | None = None,
     ) -> State:
-        """State and memory a time dt after t, both (*batch, 1) in float64, without a jump."""
+        """State and memory a time dt after t, both (*batch, 1) in float64, without a jump.
+
+        `longest` is the longest dt; `who` the position of the series of each row, by default all, again and again.
+        """
         more = () if context is None else (context,)
         if isinstance(self.flow, AbstractLinearFlow):
             decay, shift = self.flow.over(t.to(h.dtype), dt.to(h.dtype), *more)
-            return decay * h + shift, memory.later(dt.to(h.dtype))
+            return decay * h + _of_state("shift", shift, h), memory.later(dt.to(h.dtype))
 
         def slope(since: Tensor, h: Tensor) -> Tensor:
             now = t.to(h.dtype) + since
-            if isinstance(self.flow, AbstractMemoryFlow):
-                return self.flow(now, h, memory.later(since), *more)
-            return self.flow(now, h, *more)
+            known = (memory.later(since),) if isinstance(self.flow, AbstractMemoryFlow) else ()
+            return _of_state("dh/dt", self.flow(now, h, *known, *more), h)
 
         start = h
         for ends in self._pieces(dt, longest):
             h = self.solver.solve(slope, h, ends)[-1]
-        _check_finite(start, h, t, dt)
+        self._check_finite(
+            start, h, who, lambda at: f"in the gap of {float(dt[at]):g} after time {float(t[at]):g}"
+        )
         return h, memory.later(dt.to(h.dtype))
 
     def _pieces(self, dt: Tensor, longest: float | None) -> Iterator[Tensor]:
@@ -147,7 +159,24 @@ class ObservationJumps:
                 "y, mask, seen[, context]) and returns the new h."
             )
         observed = (mask != 0).any(-1, keepdim=True)
-        return torch.where(observed, after, h), memory.updated(y, mask)
+        after = torch.where(observed, after, h)
+        self._check_finite(h, after, None, lambda at: f"in the jump at time {float(t[at]):g}")
+        return after, memory.updated(y, mask)
+
+    def _check_finite(
+        self, start: Tensor, h: Tensor, who: Tensor | None, where: Callable[[tuple[int, ...]], str]
+    ) -> None:
+        if not torch.distributions.Distribution._validate_args or not readable(h):
+            return
+        bad = ~h.isfinite().all(-1) & start.isfinite().all(-1)
+        if bool(bad.any()):
+            at = tuple(bad.nonzero()[0].tolist())
+            row, ids = at[0] if who is None else int(who[at[0]]), self.ids()
+            series = f"series {ids[row % len(ids)]}: the" if ids else "The"
+            raise DivergedError(
+                f"{series} state leaves the finite numbers {where(at)}. Bound flow and jump, bound the step by dt=, "
+                "take more substeps, or measure time so that gaps are near 1."
+            )
 
     def run(self, h: Tensor, rows: Readings, predict: Predict | None = None) -> Trail:
         """Through all rows, from h (series, hidden) just before the first one."""
@@ -165,16 +194,14 @@ class ObservationJumps:
         return Trail(first, last, known, learned)
 
 
-def _check_finite(start: Tensor, h: Tensor, t: Tensor, dt: Tensor) -> None:
-    if not torch.distributions.Distribution._validate_args or not readable(h):
-        return
-    bad = ~h.isfinite().all(-1) & start.isfinite().all(-1)
-    if bool(bad.any()):
-        at = tuple(bad.nonzero()[0].tolist())
-        raise DivergedError(
-            f"The state leaves the finite numbers in the gap of {float(dt[at]):g} after time {float(t[at]):g}. "
-            "Bound the step by dt=, take more substeps, or measure time so that gaps are near 1."
+def _of_state(what: str, found: Tensor, h: Tensor) -> Tensor:
+    """What a flow returned, unless it would only broadcast against h."""
+    if found.shape[-1:] != h.shape[-1:]:
+        raise FieldError(
+            f"The flow returned {what} of shape {tuple(found.shape)} for h of shape {tuple(h.shape)}. Its last size "
+            "must be that of h: make the flow for the same hidden."
         )
+    return found
 
 
 def _stacked(rows: list[State]) -> State:

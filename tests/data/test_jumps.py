@@ -140,3 +140,10 @@ def test_the_times_of_a_series_are_jumps_of_the_same_population():
     assert part.index.tolist() == [1, 0] and part.population == 2 and list(part.ids) == ["Bo", "Ada"]
     with pytest.raises(sd.TimeError, match="series Ada"):
         sd.Jumps.of_times(series, 0.0, 0.6)
+
+
+def test_times_of_a_series_given_in_single_precision_may_lie_at_the_end_of_the_window():
+    series = sd.Series(torch.tensor([0.1, 0.3]), torch.zeros(1, 2, 1))
+    assert sd.Jumps.of_times(series, 0.0, 0.3).times.tolist() == [[0.10000000149011612, 0.3]]
+    with pytest.raises(sd.TimeError, match="outside the window"):
+        sd.Jumps.of_times(sd.Series([0.1, 0.3 + 1e-9], torch.zeros(1, 2, 1)), 0.0, 0.3)

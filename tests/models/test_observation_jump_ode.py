@@ -231,7 +231,7 @@ def test_a_long_gap_is_cut_into_pieces_and_named_where_it_diverges():
     batch = ragged()
     far = small(flow=AsModule(lambda t, h: 0.3 * h), dt=None).double()
     with pytest.raises(
-        sd.DivergedError, match=r"in the gap of 1e\+80 after time \d\.\d+. Bound the step by dt="
+        sd.DivergedError, match=r"^series 0: the state .* in the gap of 1e\+80 after time \d\.\d+. Bound"
     ):
         far.predictive(batch, [1e80])
     model, cut = small(dt=None).double(), small(dt=0.25).double()
@@ -247,6 +247,23 @@ def test_a_long_gap_is_cut_into_pieces_and_named_where_it_diverges():
     torch.testing.assert_close(alone, cut.predictive(batch, [40.0]).mean, rtol=0, atol=1e-12)
     with pytest.raises(sd.TimeError, match="`dt` must be positive and finite, got 0"):
         small(dt=0)
+
+
+def test_the_series_whose_state_diverges_is_named():
+    batch = sd.Series([0.0, 1.0, 2.0], torch.zeros(3, 3, 2), ids=["Ada", "Bo", "Cy"])
+    batch.values[1, 1] = 7.0
+
+    def bursts(t, h, y, mask, seen):
+        return torch.where(y.sum(-1, keepdim=True) > 1, float("nan"), h)
+
+    with pytest.raises(sd.DivergedError, match=r"series Bo: the state leaves .* in the jump at time 1\. "):
+        small(jump=AsModule(bursts))(batch)
+    flow, keeps = AsModule(lambda t, h: h**3), AsModule(lambda t, h, y, mask, seen: h)
+    model = small(flow=flow, jump=keeps, start=torch.full((6,), 3.0), dt=None)
+    with pytest.raises(
+        sd.DivergedError, match=r"series Cy: the state leaves .* in the gap of 9 after time 0\."
+    ):
+        model.predictive(sd.Series([0.0], torch.zeros(3, 1, 2), ids=batch.ids), [[0.0], [1e-3], [9.0]])
 
 
 def test_bad_input_is_named():
@@ -265,6 +282,32 @@ def test_bad_input_is_named():
         small(anchored=True, decoder=sd.NormalDecoder(nn.Linear(6, 2), 2))
     with pytest.raises(sd.FieldError, match=r"jump returned shape \(3, 2\) for h of shape \(3, 6\)"):
         small(jump=exact_processes(lambda t, h, y, mask, seen: y).jump).double()(batch)
+    for start in (torch.zeros(5), torch.zeros(1), torch.tensor(0.0)):
+        with pytest.raises(
+            sd.ShapeError, match=r"`start` must have shape \(hidden,\) = \(6,\), got \((5,|1,|)\)"
+        ):
+            small(start=start)
+
+
+@pytest.mark.parametrize(
+    "flow", [AsModule(lambda t, h: -h[..., :1]), AsModule(lambda t, h: -h[..., :4]), sd.DecayFlow(1)]
+)
+def test_a_flow_of_another_size_is_named_and_does_not_broadcast(flow):
+    with pytest.raises(
+        sd.FieldError, match=r"The flow returned (dh/dt|shift) of shape \(3, (1|4)\) for h of shape \(3, 6"
+    ):
+        small(flow=flow).double()(ragged())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_decoder_of_other_channels_is_named_and_does_not_broadcast(channels):
+    normal = sd.NormalDecoder(nn.Linear(6, channels), channels)
+    with pytest.raises(
+        sd.ShapeError, match=r"batch shape \(3, \d\) .* expected \(3, 2\). Make it for obs_dim=2"
+    ):
+        small(decoder=normal).double()(ragged())
+    with pytest.raises(sd.ShapeError, match=rf"made for {channels} channels, the memory has 2"):
+        small(decoder=sd.AnchoredDecoder(6, channels)).double()(ragged())
 
 
 def test_forecasts_are_joint():

@@ -210,3 +210,29 @@ def test_a_random_start_is_drawn_for_every_draw():
     flat = sd.Message(torch.zeros(2, 1, dtype=F64), torch.zeros(2, 1, dtype=F64))
     first = path.guided(path.filtered(flat)).rsample((5000,))[:, 0, 0].detach()
     assert within(first.square(), 0.25)
+
+
+@pytest.mark.parametrize("states", [1, 2])
+def test_nothing_is_lost_far_from_zero(states):
+    """Log weights are values at zero, where those of factors far out are so large that their differences lose digits."""
+    found = {}
+    for level, dtype in ((0.0, torch.float64), (1000.0, torch.float32), (1e5, torch.float64)):
+        torch.manual_seed(0)
+        one = torch.ones(states, dtype=dtype)
+        jumps = sd.CompoundPoisson(0.5, sd.NormalJump(0 * one, 2 * one))
+        start = dist.Normal(level * one, 0.1).to_event(1)
+        path = sd.JumpDiffusionPath(
+            lambda t, z: 0 * z, 0.2 * one, jumps, start, torch.linspace(0, 2, 9).double()
+        )
+        y, precision = torch.zeros(9, states, dtype=dtype), torch.zeros(9, states, dtype=dtype)
+        y[4, 0], y[8, 0], precision[[4, 8], 0] = level + 0.125, level + 2.5, 100.0
+        guided = path.guided(path.filtered(sd.Message(precision * y, precision)))
+        with torch.no_grad():
+            z = guided.rsample((300,))
+            w = path.log_prob(z) - guided.log_prob(z) - 50 * (z - y)[:, [4, 8], 0].square().sum(-1)
+        assert z.dtype == w.dtype == dtype and w.std() < 0.01
+        found[level] = w.mean().item()
+        seen = lambda z, k: -50 * (z - y[k])[..., 0].square() if k in (4, 8) else None  # noqa: E731, B023
+        evidence = sd.particle_evidence(guided, seen, particles=100)
+        assert evidence.dtype == dtype and evidence.item() == pytest.approx(found[level], abs=0.01)
+    assert max(abs(found[level] - found[0.0]) for level in (1000.0, 1e5)) < 5e-3

@@ -56,6 +56,21 @@ def test_the_filter_is_the_likelihood_of_what_follows():
     assert worst[5] < 1e-3 < worst[3] < 0.1 < worst[2]
 
 
+def test_a_steep_drift_leaves_the_components_what_they_are():
+    """Weights are values at zero, which a steep drift takes far below those of the components' own centres."""
+    potential = problem(y=(0.0, 2.0))[2]
+    ts = torch.linspace(0, 1, 7, dtype=F64)
+    jumps = sd.CompoundPoisson(RATE, sd.NormalJump(number(SHIFT), number(JUMP)))
+    found = []
+    for slope in (0.0, 3e4):
+        path = sd.JumpDiffusionPath(lambda t, z, s=slope: s + 0 * z, number(SIGMA), jumps, number(-slope), ts)
+        m = path.filtered(potential).time_major()[0]
+        found.append((m.precision[..., 0, 0], m.information[:, 0] / m.precision[:, 0, 0] + slope))
+    (precision, centre), (steep, moved) = found
+    assert (precision > 0).all() and torch.allclose(steep, precision, rtol=1e-6)
+    assert torch.allclose(moved, centre, rtol=1e-6)
+
+
 def test_component_c_holds_what_c_jumps_say():
     _, path, potential = problem(substeps=3)
     m = path.filtered(potential, components=4).time_major()[0]
@@ -134,3 +149,18 @@ def test_refused():
     other = sd.JumpDiffusionPath(lambda t, z: -z, number(1.0), double, torch.zeros(1, dtype=F64), path.ts)
     with pytest.raises(sd.GuideError, match=r"need normal jumps"):
         other.filtered(potential)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"components": 1}, "at least two components, got 1"),
+        ({"components": 2.5}, "at least two components, got 2.5"),
+        ({"memory": -1}, "`memory` is a number of gaps between observations, got -1"),
+        ({"memory": 0.5}, "`memory` is a number of gaps between observations, got 0.5"),
+    ],
+)
+def test_numbers_of_components_that_are_none_are_named(options, words):
+    _, path, potential = problem()
+    with pytest.raises(sd.GuideError, match=words):
+        path.filtered(potential, **options)

@@ -138,3 +138,7 @@ def test_each_path_has_its_moves():
     made = (path, path.guided(path.filtered(potential)), path.matched, path.matched.guided())
     kinds = (PriorMoves, JumpMoves, GaussianMoves, GaussianMoves)
     assert all(type(moves_of(p)) is kind for p, kind in zip(made, kinds, strict=True))
+    with pytest.raises(
+        sd.FieldError, match="move along an SDEPath, a JumpDiffusionPath, or a guided one, got Normal"
+    ):
+        sd.particle_evidence(dist.Normal(0.0, 1.0), lambda z, k: None)

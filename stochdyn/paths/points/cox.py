@@ -20,13 +20,14 @@ class CoxProcess(AbstractPointProcess):
     log p = sum log lambda(t_i) - integral of lambda, both in closed form: a piece from l to l' that takes time h brings
     h (e^l' - e^l) / (l' - l). With `log_intensity = a + b * z[..., 0]` and z a sampled path it says that jumps, or the
     visits at which a series is observed, come more often where the state is high. Between grid times the path itself
-    is replaced by a line: where it matters take shorter steps, and grid times also in long gaps and to the end of the
-    window (`TimeGrid(through=)`).
+    is replaced by a line: where it matters take shorter steps, and grid times also in long gaps (`TimeGrid(through=)`).
+    The grid of a series ends at its last time: one without a reading takes it to the end of the window.
 
     Args:
         log_intensity: (*batch, time) its logarithm at the grid times.
-        ts: (time,) or (*batch, time) the grid; the window goes from its first to its last time. Repeats of the last
-            time are padding.
+        ts: (time,) or (*batch, time) the grid; the window starts at its first time. Repeats of the last are padding.
+        t1: the end of the window, a number or (*batch,), by default the last time of the grid. Where the model also
+            forecasts the grid goes on after it.
         marks: the law of the marks, of event shape () or (mark,).
         max_jumps: rows of samples; None pads to the longest of a draw.
         sampler: by default `Thinning()`.
@@ -37,7 +38,7 @@ class CoxProcess(AbstractPointProcess):
     Raises:
         ShapeError: if log_intensity and ts have different numbers of times.
         FieldError: if log_intensity is not finite, naming the series and the time.
-        TimeError: for a grid that does not increase, or a value outside the window.
+        TimeError: for a grid that does not increase, or ends before t1, or a value outside the window.
         PaddingError: from `sample`.
 
     References:
@@ -59,11 +60,16 @@ class CoxProcess(AbstractPointProcess):
         log_intensity: Tensor,
         ts: Any,
         *,
+        t1: Any = None,
         marks: Law | None = None,
         max_jumps: int | None = None,
         sampler: AbstractSampler | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        if not isinstance(log_intensity, Tensor):
+            raise ShapeError(
+                f"CoxProcess: `log_intensity` must be a tensor (*batch, time), got {type(log_intensity).__name__}."
+            )
         self.ts = torch.as_tensor(ts, device=log_intensity.device).double()
         check = bool(self._validate_args if validate_args is None else validate_args)
         batch = _check(log_intensity, self.ts, check)
@@ -77,7 +83,7 @@ class CoxProcess(AbstractPointProcess):
         super().__init__(
             batch,
             self.ts[..., 0],
-            self.ts[..., -1],
+            self.ts[..., -1] if t1 is None else _end(t1, self.ts),
             marks=marks,
             max_jumps=max_jumps,
             sampler=sampler or Thinning(),
@@ -123,6 +129,19 @@ class CoxProcess(AbstractPointProcess):
         inner = self.ts[..., 1:-1].expand(*t.shape[1:], -1).contiguous()
         at = t.double().movedim(0, -1).contiguous()
         return torch.searchsorted(inner, at, right=True).movedim(-1, 0)
+
+
+def _end(t1: Any, ts: Tensor) -> Tensor:
+    end = torch.as_tensor(t1, device=ts.device).double()
+    joint("CoxProcess", end.shape, ts.shape[:-1])
+    late = end > ts[..., -1]
+    if bool(late.any()):
+        given, last = (float(x.expand(late.shape)[late][0]) for x in (end, ts[..., -1]))
+        raise TimeError(
+            f"CoxProcess, {member(late.nonzero()[0].tolist())}: the window ends at t1 = {given:.6g}, the grid at "
+            f"{last:.6g}. Let the series end in a time without a reading at t1."
+        )
+    return end
 
 
 def _read(values: Tensor, piece: Tensor) -> Tensor:

@@ -92,10 +92,31 @@ def test_a_path_in_single_precision_keeps_the_digits_of_the_times():
     torch.testing.assert_close(low, sd.CoxProcess(level.double(), ts).log_prob(value()), atol=1e-7, rtol=0)
 
 
+def test_a_grid_may_go_on_after_the_window():
+    ts = torch.stack([grid(0.0, 0.9, 2.0, END), grid(0.0, 0.1, END, END)])
+    level = torch.tensor([[0.2, -2.0, 1.5, 0.3], [1.0, 0.5, 0.7, 0.7]], dtype=F64)
+    longer, further = (
+        torch.cat([ts, ts[:, -1:] + grid(3.0, 5.0)], 1),
+        torch.cat([level, grid(9.0, 9.0).expand(2, 2)], 1),
+    )
+    whole = sd.CoxProcess(level, ts).log_prob(value())
+    torch.testing.assert_close(
+        sd.CoxProcess(further, longer, t1=END).log_prob(value()), whole, atol=1e-12, rtol=0
+    )
+    torch.manual_seed(0)
+    drawn = sd.CoxProcess(further, longer, t1=grid(END, END), max_jumps=60).sample((400,))
+    assert drawn[drawn.isfinite()].max() <= END
+    count = torch.isfinite(drawn[..., 0]).sum(-1).double()
+    assert all(within(count[:, k], float(sd.CoxProcess(level, ts).cumulative[k, -1])) for k in range(2))
+    with pytest.raises(sd.TimeError, match="series 1: the window ends at t1 = 5, the grid at 4"):
+        sd.CoxProcess(level, torch.stack([ts[0] + grid(0, 0, 0, 2), ts[1]]), t1=5.0)
+
+
 @pytest.mark.parametrize(
     ("level", "ts", "error", "words"),
     [
         (torch.zeros(3), grid(0.0, 1.0), sd.ShapeError, "grid times"),
+        ([0.0, 0.0], grid(0.0, 1.0), sd.ShapeError, "must be a tensor .*, got list"),
         (torch.zeros(2, 3), grid(0.0, 2.0, 1.0), sd.TimeError, "does not increase after time 2"),
         (torch.tensor([[0.0, 0.0], [0.0, math.inf]]), grid(0.0, 1.0), sd.FieldError, "series 1, time 1"),
     ],
