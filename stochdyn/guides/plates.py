@@ -52,7 +52,8 @@ class Place:
             ShapeError: naming the site.
         """
         depth = max((-frame.dim for frame in self.frames), default=0)
-        if len(batch_shape) > depth:
+        alone = not depth and all(size == 1 for size in batch_shape)  # one series, without a plate
+        if len(batch_shape) > depth and not alone:
             raise ShapeError(
                 f"site '{self.name}': its batch shape is {tuple(batch_shape)}, and its plates {sorted(self.sizes())} "
                 f"have {depth} dimensions. A latent theta is theta[..., None] against the state, and as it is where it "

@@ -334,6 +334,17 @@ def test_a_guide_refuses_a_batch_without_a_plate():
     ):
         sd.AmortizedGuide(local)(ONE)
 
+    def one(batch):
+        grid = sd.TimeGrid(batch.times[None], substeps=1)
+        path = sd.SDEPath(
+            lambda t, z: -z, torch.tensor([0.3], dtype=F64), torch.zeros(1, 1, dtype=F64), grid.ts
+        )
+        pyro.sample(
+            "y", dist.Normal(pyro.sample("z", path)[..., 0], 0.1).to_event(2), obs=batch.values[..., 0]
+        )
+
+    assert sd.AmortizedGuide(one)(ONE)["z"].shape == (1, 8, 1)  # a single series needs no plate
+
 
 def test_draws_with_a_dimension_too_many_are_refused():
     with pytest.raises(sd.ShapeError, match="the start of a path as it is"):
