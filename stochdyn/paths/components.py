@@ -203,7 +203,9 @@ def merged(w: Tensor, h: Tensor, J: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     L = root(covariance)
     information = solved(L, centre)
     back = 0.5 * (information * centre).sum(-1) + log_volume(L)
-    left = torch.diag_embed(P / _widest(covariance, P)[..., None])
+    # A bound of the largest ratio of a variance and that of N(0, P^-1): what is left stays positive.
+    widest = (P * known * covariance.detach().diagonal(dim1=-2, dim2=-1)).sum(-1, keepdim=True).clamp(min=1.0)
+    left = torch.diag_embed(P / widest)
     precision = torch.where(
         known[..., None] & known[..., None, :], _inverse(L) - left, torch.zeros_like(covariance)
     )
@@ -220,14 +222,6 @@ def _moved(w: Tensor, h: Tensor, J: Tensor, origin: Tensor) -> tuple[Tensor, Ten
 def _inverse(L: Tensor) -> Tensor:
     """A^-1 by the root L of A."""
     return 1 / L.square() if L.shape[-1] == 1 else torch.cholesky_inverse(L)
-
-
-def _widest(covariance: Tensor, P: Tensor) -> Tensor:
-    """The largest ratio of a variance and that of N(0, P^-1), one at least: so much of P can be taken away at most."""
-    P = P.sqrt()
-    scaled = P[..., None] * covariance.detach() * P[..., None, :]
-    found = scaled[..., 0] if scaled.shape[-1] == 1 else torch.linalg.eigvalsh(scaled)
-    return found.amax(-1).clamp(min=1.0)
 
 
 def settled(h: Tensor, J: Tensor, around: Tensor) -> Tensor:
