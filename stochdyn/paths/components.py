@@ -84,10 +84,10 @@ class Products:
         h, J = message.information[..., None, :, :], message.precision[..., None, :, :, :]
         m, d = m[..., None, :], d[..., None, :]
         L = root(_scaled(d, J))
-        pull = J @ m[..., None]
-        u = d * (h - pull[..., 0])
+        pull = matvec(J, m)
+        u = d * (h - pull)
         s = solved(L, u)
-        log_integral = (m * (h - 0.5 * pull[..., 0])).sum(-1) + 0.5 * (u * s).sum(-1) - log_volume(L)
+        log_integral = (m * (h - 0.5 * pull)).sum(-1) + 0.5 * (u * s).sum(-1) - log_volume(L)
         log_weight = log_prior[..., None] + message.log_weight[..., None, :] + log_integral
         mean = m + d * s
         parts = mean, d.expand(mean.shape), L.expand(*mean.shape, L.shape[-1])
@@ -166,7 +166,7 @@ def before(
     inner = B / L.square() if L.shape[-1] == 1 else torch.cholesky_solve(B, L)
     inner = inner / d[..., None] / d[..., None, :]
     F = F[..., None, None, :, :]
-    precision = F.mT @ (0.5 * (inner + inner.mT)) @ F
+    precision = F.square() * inner if L.shape[-1] == 1 else F.mT @ (0.5 * (inner + inner.mT)) @ F
     return (
         log_prior[..., None] + after.log_weight[..., None, :] + log_integral,
         matvec(F.mT, s / d),

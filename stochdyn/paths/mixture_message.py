@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stochdyn.device import readable
 from stochdyn.errors import GuideError
 from stochdyn.paths.checks import lift
 from stochdyn.paths.components import NOTHING, before, merged
@@ -246,9 +247,11 @@ def _by_count(passed: tuple[Tensor, Tensor, Tensor], layout: _Layout) -> Mixture
 
 def _seen(message: MixtureMessage, h: Tensor, J: Tensor, layout: _Layout) -> MixtureMessage:
     """At an observation: its factor, and those components merged that are told apart no longer."""
+    here = (J.diagonal(dim1=-2, dim2=-1) > 0).any(-1)
+    if readable(here) and not bool(here.any()):
+        return message
     parts = message.log_weight, message.information + h[..., None, :], message.precision + J[..., None, :, :]
     after = _grouped(parts, layout.at_an_observation())
-    here = (J.diagonal(dim1=-2, dim2=-1) > 0).any(-1)
     made = []
     for k, (new, own) in enumerate(zip(after.parts, message.parts, strict=True)):
         made.append(torch.where(here.reshape(*here.shape, *[1] * (k + 1)), new, own))
