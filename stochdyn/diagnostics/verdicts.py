@@ -1,0 +1,237 @@
+"""From the numbers of a diagnosis to verdicts in words: the thresholds are here, and nowhere else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stochdyn.diagnostics.coverage import LEVELS, Coverage
+from stochdyn.diagnostics.diagnosis import LatentUse, Level, Verdict
+from stochdyn.diagnostics.importance import ParetoK
+from stochdyn.diagnostics.rescaling import TimeRescaling
+from stochdyn.diagnostics.settling import Settling
+from stochdyn.diagnostics.weights import Estimate
+
+RICHER = "Train on; a richer guide (docs/guides.md): FullRank or Flow, LocalFlow for latents of series, FreeMessage."
+NO_LATENTS = "no latents: the likelihood is exact, nothing is lost"
+POINTS = "the guide is a point estimate, so there is no posterior to weigh"
+MANY = 20  # numbers from which on small errors make k-hat large
+SMALL_GAP = 0.03  # nats per number: a standard deviation of 0.83 of the truth
+
+
+def judge_gap(
+    per_series: Estimate, ids: Sequence[Any], points: np.ndarray, shared: Estimate | None
+) -> Verdict:
+    """The gap of the worst series against its number of readings, and that of the shared latents.
+
+    Example:
+        >>> judge_gap(Estimate(np.array([0.1, 9.0]), np.array([0.1, 0.1])), ["a", "b"], np.array([5, 5]), None).level
+        'bad'
+    """
+    least = per_series.value - 2 * per_series.error
+    level = _worst(
+        _grade(g, max(0.5, 0.02 * n), max(2.0, 0.1 * n)) for g, n in zip(least, points, strict=True)
+    )
+    worst = int(np.argmax(per_series.value))
+    found = (
+        f"{per_series.value.mean():.2f} nats per series, most in series {ids[worst]!r}: "
+        f"{per_series.value[worst]:.2f} +- {per_series.error[worst]:.2f}"
+    )
+    if shared is not None:
+        level = _worst([level, _grade(shared.value - 2 * shared.error, 0.5, 2.0)])
+        found += f"; {shared} in the latents that series share"
+    return Verdict("gap", level, found, "" if level == "good" else RICHER)
+
+
+def judge_tail(k: ParetoK, what: str, numbers: int, gap: float) -> Verdict:
+    """One k-hat. Over many numbers a large one is no verdict by itself: then the gap per number decides.
+
+    Args:
+        k: the fit.
+        what: whose weights they are.
+        numbers: how many numbers these latents have.
+        gap: log mean weight - mean log weight, an estimate of the gap from below.
+
+    Example:
+        >>> judge_tail(ParetoK(0.2, False, 400, 0.6, 300.0), "theta", 1, 0.1).level
+        'good'
+        >>> judge_tail(ParetoK(0.9, False, 400, 0.6, 10.0), "theta", 1, 0.5).level
+        'bad'
+        >>> judge_tail(ParetoK(0.9, False, 400, 0.6, 10.0), "z", 100, 1.0).level
+        'fair'
+    """
+    if np.isnan(k.k):
+        return _not_finite(f"of {what}")
+    found = f"{k} of {what}"
+    if k.good:
+        return Verdict("k-hat", "good", found)
+    if numbers > MANY and gap < SMALL_GAP * numbers:
+        return Verdict(
+            "k-hat",
+            "fair",
+            f"{found}, {numbers} numbers",
+            "Do not reweight. Over many numbers small errors do this.",
+        )
+    return Verdict("k-hat", "bad", found, RICHER)
+
+
+def judge_tails(
+    ks: Sequence[ParetoK], ids: Sequence[Any], what: str, numbers: int, gaps: np.ndarray
+) -> Verdict:
+    """A k-hat per series: bad where more than a tenth of them is not good.
+
+    Example:
+        >>> good, bad = ParetoK(0.2, False, 400, 0.6, 300.0), ParetoK(0.9, False, 400, 0.6, 10.0)
+        >>> judge_tails([good, bad], ["a", "b"], "z", 2, np.zeros(2)).found
+        "1 of 2 series not below 0.60, the largest 0.90 in series 'b', of z"
+    """
+    values = np.array([k.k for k in ks])
+    if np.isnan(values).any():
+        return _not_finite(f"of series {ids[int(np.isnan(values).argmax())]!r}")
+    over, worst = np.array([not k.good for k in ks]), int(values.argmax())
+    if len(ks) == 1:
+        return judge_tail(ks[0], what, numbers, float(gaps[0]))
+    if not over.any():
+        if all(k.exact for k in ks):
+            return Verdict("k-hat", "good", f"exact in all {len(ks)} series (all weights equal), of {what}")
+        return Verdict("k-hat", "good", f"below {ks[0].threshold:.2f} in all {len(ks)} series, of {what}")
+    found = (
+        f"{over.sum()} of {len(ks)} series not below {ks[0].threshold:.2f}, the largest {values[worst]:.2f} in series "
+        f"{ids[worst]!r}, of {what}"
+    )
+    if over.mean() <= 0.1:
+        return Verdict("k-hat", "fair", found, "Look at these series: `k_hat_per_series`.")
+    if numbers > MANY and np.median(gaps[over]) < SMALL_GAP * numbers:
+        found += f", {numbers} numbers"
+        return Verdict("k-hat", "fair", found, "Do not reweight. Over many numbers small errors do this.")
+    return Verdict("k-hat", "bad", found, RICHER)
+
+
+def judge_latents(latents: Sequence[LatentUse], trusted: bool) -> Verdict:
+    """Point estimates, collapse, and latents on which the data say nothing.
+
+    Args:
+        latents: all of them.
+        trusted: whether gap and k-hat are good, so that a posterior like the prior is right under this model.
+
+    Example:
+        >>> ones = np.ones((5, 1))
+        >>> judge_latents([LatentUse("z", True, ones, ones, 1, 0, 0.0)], trusted=False).found
+        'collapsed, the same posterior as the prior in every series: z'
+    """
+    points = [latent.name for latent in latents if latent.is_point]
+    collapsed = [latent.name for latent in latents if latent.collapsed]
+    idle = [latent.name for latent in latents if latent.uninformed]
+    if points:
+        found = f"no spread, a point estimate: {', '.join(points)}"
+        return Verdict(
+            "latents", "bad", found, "Use AmortizedGuide(model) or AutoNormal in place of a Delta guide."
+        )
+    if collapsed:
+        found = f"collapsed, the same posterior as the prior in every series: {', '.join(collapsed)}"
+        advice = "docs/fitting.md, Posterior collapse: a KL weight that rises (Linear), Aggressive, a weaker decoder."
+        if trusted:
+            found += ". The weights agree: under this model the data say nothing about it"
+        return Verdict("latents", "fair" if trusted else "bad", found, advice)
+    if idle:
+        found = f"posterior = prior: {', '.join(idle)}"
+        return Verdict(
+            "latents", "fair", found, "The data say nothing about it, or the guide ignores them: see k-hat."
+        )
+    return Verdict("latents", "good", "all have moved from their priors" if latents else "there are none")
+
+
+def judge_coverage(found: Coverage) -> Verdict:
+    """Too few observations inside is bad, too many is fair, in units of standard errors and of the level.
+
+    Example:
+        >>> u = np.random.default_rng(0).uniform(size=500)
+        >>> judge_coverage(Coverage.of(("y",), [u], held_out=True)).level
+        'good'
+        >>> judge_coverage(Coverage.of(("y",), [(u > 0.5) * 0.98 + 0.01], held_out=True)).level
+        'bad'
+    """
+    if not found.points.any():
+        return Verdict("coverage", "-", "nothing was observed")
+    short = np.array(LEVELS) - found.covered
+    sure = np.abs(short) > 3 * found.error
+    grades: list[Level] = ["good"]
+    for fair, bad, column in zip((0.08, 0.04), (0.15, 0.1), range(len(LEVELS)), strict=True):
+        off, clear = short[:, column], sure[:, column]
+        grades += ["bad" for x in off[clear] if x > bad]
+        grades += ["fair" for x in off[clear] if fair < x <= bad or (x < -fair and found.held_out)]
+    level = _worst(grades)
+    worst = int(np.nanargmax(np.abs(short[:, 1])))
+    narrow = float(np.nanmax(short)) > float(np.nanmax(-short))
+    text = ", ".join(
+        f"{100 * c:.0f} % in {100 * p:.0f} %" for c, p in zip(found.covered[worst], LEVELS, strict=True)
+    )
+    text += f" intervals ({found.points[worst]} values of {found.channels[worst]!r}"
+    text += ", each hidden from the guide)" if found.held_out else ", smoothing residuals: optimistic)"
+    if level == "good":
+        return Verdict("coverage", level, text)
+    if narrow:
+        return Verdict(
+            "coverage",
+            level,
+            text,
+            "Intervals are too narrow: train on, or the model is wrong (noise, drift).",
+        )
+    return Verdict(
+        "coverage", level, text, "Intervals are wider than the data need: look at the noise of the model."
+    )
+
+
+def judge_rescaling(found: dict[str, TimeRescaling]) -> Verdict:
+    """Bad where a point process is rejected at level 0.01.
+
+    Example:
+        >>> judge_rescaling({"y": TimeRescaling(np.ones(20), 0.4, 1e-6, 0.0, 0.9)}).level
+        'bad'
+    """
+    rejected = [name for name, test in found.items() if test.rejects()]
+    text = "; ".join(f"{name}: {test}" for name, test in found.items())
+    if rejected:
+        return Verdict(
+            "jumps",
+            "bad",
+            text,
+            "The process is wrong for these jumps: docs/point_processes.md, Is it the right process?",
+        )
+    return Verdict("jumps", "good", text)
+
+
+def judge_settling(found: Settling | str) -> Verdict:
+    """Whether the losses still moved at the end.
+
+    Example:
+        >>> judge_settling(Settling(drift=50.0, error=1.0, noise=2.0, steps=100)).level
+        'bad'
+    """
+    if isinstance(found, str):
+        return Verdict("training", "-", found)
+    level = _grade(found.ratio, 0.25, 1.0)
+    way = "fell" if found.drift > 0 else "rose"
+    text = f"loss {way} by {abs(found.drift):.2g} over the last {found.steps} steps, noise {found.noise:.2g}"
+    if level == "good":
+        return Verdict("training", level, text)
+    advice = "Not settled: more steps" if found.drift > 0 else "The loss rises: a lower lr"
+    return Verdict("training", level, text, f"{advice} (docs/fitting.md, Learning rate).")
+
+
+def _not_finite(where: str) -> Verdict:
+    return Verdict(
+        "k-hat",
+        "bad",
+        f"importance weights {where} are not finite",
+        "Find the draw: sd.to_arviz, lp and log_q.",
+    )
+
+
+def _grade(x: float, fair: float, bad: float) -> Level:
+    return "good" if x <= fair else "fair" if x <= bad else "bad"
+
+
+def _worst(levels: Any) -> Level:
+    order: list[Level] = ["-", "good", "fair", "bad"]
+    return max(levels, key=order.index, default="-")
