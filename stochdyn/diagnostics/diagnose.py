@@ -241,10 +241,9 @@ def _rescaling(
 
 
 def _rescaled(site: Any) -> TimeRescaling:
-    shape = (*site.fn.batch_shape, *site.value.shape[-2:])
-    return time_rescaling(
-        site.fn, site.value.reshape(shape) if site.value.numel() == torch.Size(shape).numel() else site.value
-    )
+    shape = torch.Size((*site.fn.batch_shape, *site.value.shape[-2:]))
+    fits = site.value.numel() == shape.numel()
+    return time_rescaling(site.fn, site.value.reshape(shape) if fits else site.value)
 
 
 def _median(tests: list[TimeRescaling]) -> TimeRescaling:
@@ -254,4 +253,4 @@ def _median(tests: list[TimeRescaling]) -> TimeRescaling:
 def _settled(fit: Any) -> Settling | str:
     if not isinstance(fit, Fit):
         return "a pair (model, guide) has no losses"
-    return settling(fit.losses, fit.kl_weights)
+    return settling(fit.losses, fit.kl_weights, fit.population)

@@ -76,7 +76,8 @@ class LatentUse:
     @property
     def is_point(self) -> bool:
         """Whether the guide has no spread where the prior has."""
-        return self.units > 0 and not self.posterior_sd.any()
+        before = np.where(self.prior_sd > 0, self.prior_sd, 1.0)
+        return self.units > 0 and bool((self.posterior_sd < 1e-6 * before).all())
 
     @property
     def collapsed(self) -> bool:
@@ -186,11 +187,9 @@ class Diagnosis:
 
     def __str__(self) -> str:
         bad = [v.check for v in self.verdicts if v.level == "bad"]
-        head = (
-            f"The posterior cannot be believed: {', '.join(bad)}."
-            if bad
-            else "Nothing speaks against the posterior."
-        )
+        head = "Nothing measured here speaks against the posterior."
+        if bad:
+            head = f"The posterior cannot be believed: {', '.join(bad)}."
         return "\n".join([head, *map(str, self.verdicts), *self._table()])
 
     def _table(self) -> list[str]:

@@ -111,7 +111,7 @@ def _coverage(found: Diagnosis, ax: Axes) -> None:
         ax.set_xlim(-0.5, len(at) - 0.5)
     ax.set(xlabel="channel", ylabel="share inside (2 s.e.)")
     ax.legend(frameon=False, fontsize="small", loc="lower right")
-    ax.set_title("coverage" if cover.held_out else "coverage, optimistic", loc="left", fontsize="medium")
+    ax.set_title("coverage, optimistic" if cover.how == "seen" else "coverage", loc="left", fontsize="medium")
 
 
 def _jumps(name: str) -> Panel:

@@ -18,6 +18,7 @@ class Settling:
         error: its standard error.
         noise: the spread of single losses around their trend.
         steps: how many losses the third has.
+        series: how many the data stand for.
 
     Example:
         >>> Settling(drift=5.0, error=0.1, noise=2.0, steps=600).ratio
@@ -28,14 +29,17 @@ class Settling:
     error: float
     noise: float
     steps: int
+    series: int = 1
 
     @property
     def ratio(self) -> float:
-        """The drift in units of the noise, or of one nat where the noise is less; 0 where it is not significant."""
-        return 0.0 if abs(self.drift) < 4 * self.error else abs(self.drift) / max(self.noise, 1.0)
+        """The drift in units of the noise, or of 1 nat, or of 0.1 nats per series, whichever is largest; 0 where it is
+        not significant."""
+        unit = max(self.noise, 1.0, 0.1 * self.series)
+        return 0.0 if abs(self.drift) < 4 * self.error else abs(self.drift) / unit
 
 
-def settling(losses: Any, kl_weights: Any = ()) -> Settling | str:
+def settling(losses: Any, kl_weights: Any = (), series: int | None = None) -> Settling | str:
     """Measure the drift of the last third by medians of ten blocks; or say why that tells nothing.
 
     Where the learning rate decays, which is the default over just that third, a fit slows down also far from its
@@ -63,4 +67,4 @@ def settling(losses: Any, kl_weights: Any = ()) -> Settling | str:
     error = np.sqrt((rest**2).sum() / (_BLOCKS - 2) / (at**2).sum())
     around = tail - np.median(tail) - slope * np.linspace(-0.5, 0.5, steps)
     noise = 1.4826 * np.median(np.abs(around - np.median(around)))
-    return Settling(-float(slope), float(error), float(noise), steps)
+    return Settling(-float(slope), float(error), float(noise), steps, series or 1)

@@ -13,9 +13,18 @@ from stochdyn.diagnostics.settling import Settling
 from stochdyn.diagnostics.weights import Estimate
 
 RICHER = "Train on; a richer guide (docs/guides.md): FullRank or Flow, LocalFlow for latents of series, FreeMessage."
+MANY_NUMBERS = "Use the draws unweighted: over many numbers small errors make k-hat large."
 NO_LATENTS = "no latents: the likelihood is exact, nothing is lost"
 POINTS = "the guide is a point estimate, so there is no posterior to weigh"
+WRONG_PROCESS = "Another process: docs/point_processes.md, Which process, and Is it the right process?"
 MANY = 20  # numbers from which on small errors make k-hat large
+_HOW = {
+    "hidden": "each hidden from the guide",
+    "reweighted": "each left out by reweighting",
+    "seen": "smoothing residuals: optimistic",
+}
+_SHORT = ((0.08, 0.15), (0.04, 0.1))  # by which coverage may miss its level: fair, bad
+CLOSE = 0.1  # nats; the total variation is then below 0.23
 SMALL_GAP = 0.03  # nats per number: a standard deviation of 0.83 of the truth
 
 
@@ -44,7 +53,8 @@ def judge_gap(
 
 
 def judge_tail(k: ParetoK, what: str, numbers: int, gap: float) -> Verdict:
-    """One k-hat. Over many numbers a large one is no verdict by itself: then the gap per number decides.
+    """One k-hat. Over many numbers a large one is no verdict by itself: then the gap per number decides. So does a gap
+    below 0.1 nats, unless k is 1 or more, where the gap is not known.
 
     Args:
         k: the fit.
@@ -66,11 +76,10 @@ def judge_tail(k: ParetoK, what: str, numbers: int, gap: float) -> Verdict:
     if k.good:
         return Verdict("k-hat", "good", found)
     if numbers > MANY and gap < SMALL_GAP * numbers:
+        return Verdict("k-hat", "fair", f"{found}, {numbers} numbers", MANY_NUMBERS)
+    if k.k < 1 and gap < CLOSE:
         return Verdict(
-            "k-hat",
-            "fair",
-            f"{found}, {numbers} numbers",
-            "Do not reweight. Over many numbers small errors do this.",
+            "k-hat", "fair", f"{found}, at a gap of {gap:.2f} nats", "Use the draws as they are, unweighted."
         )
     return Verdict("k-hat", "bad", found, RICHER)
 
@@ -103,7 +112,7 @@ def judge_tails(
         return Verdict("k-hat", "fair", found, "Look at these series: `k_hat_per_series`.")
     if numbers > MANY and np.median(gaps[over]) < SMALL_GAP * numbers:
         found += f", {numbers} numbers"
-        return Verdict("k-hat", "fair", found, "Do not reweight. Over many numbers small errors do this.")
+        return Verdict("k-hat", "fair", found, MANY_NUMBERS)
     return Verdict("k-hat", "bad", found, RICHER)
 
 
@@ -146,28 +155,26 @@ def judge_coverage(found: Coverage) -> Verdict:
 
     Example:
         >>> u = np.random.default_rng(0).uniform(size=500)
-        >>> judge_coverage(Coverage.of(("y",), [u], held_out=True)).level
+        >>> judge_coverage(Coverage.of(("y",), [u], how="hidden")).level
         'good'
-        >>> judge_coverage(Coverage.of(("y",), [(u > 0.5) * 0.98 + 0.01], held_out=True)).level
+        >>> judge_coverage(Coverage.of(("y",), [(u > 0.5) * 0.98 + 0.01], how="hidden")).level
         'bad'
     """
     if not found.points.any():
         return Verdict("coverage", "-", "nothing was observed")
     short = np.array(LEVELS) - found.covered
     sure = np.abs(short) > 3 * found.error
-    grades: list[Level] = ["good"]
-    for fair, bad, column in zip((0.08, 0.04), (0.15, 0.1), range(len(LEVELS)), strict=True):
-        off, clear = short[:, column], sure[:, column]
-        grades += ["bad" for x in off[clear] if x > bad]
-        grades += ["fair" for x in off[clear] if fair < x <= bad or (x < -fair and found.held_out)]
-    level = _worst(grades)
+    grades = [_grade(x, *_SHORT[k]) for k in range(len(LEVELS)) for x in short[sure[:, k], k]]
+    if found.how == "hidden" and (sure & (short < -np.array(_SHORT)[:, 0])).any():
+        grades.append("fair")
+    level = _worst(["good", *grades])
     worst = int(np.nanargmax(np.abs(short[:, 1])))
     narrow = float(np.nanmax(short)) > float(np.nanmax(-short))
     text = ", ".join(
         f"{100 * c:.0f} % in {100 * p:.0f} %" for c, p in zip(found.covered[worst], LEVELS, strict=True)
     )
     text += f" intervals ({found.points[worst]} values of {found.channels[worst]!r}"
-    text += ", each hidden from the guide)" if found.held_out else ", smoothing residuals: optimistic)"
+    text += f", {_HOW[found.how]})"
     if level == "good":
         return Verdict("coverage", level, text)
     if narrow:
@@ -175,7 +182,7 @@ def judge_coverage(found: Coverage) -> Verdict:
             "coverage",
             level,
             text,
-            "Intervals are too narrow: train on, or the model is wrong (noise, drift).",
+            "Intervals too narrow: train on, or the model is wrong (noise, drift).",
         )
     return Verdict(
         "coverage", level, text, "Intervals are wider than the data need: look at the noise of the model."
@@ -196,7 +203,7 @@ def judge_rescaling(found: dict[str, TimeRescaling]) -> Verdict:
             "jumps",
             "bad",
             text,
-            "The process is wrong for these jumps: docs/point_processes.md, Is it the right process?",
+            WRONG_PROCESS,
         )
     return Verdict("jumps", "good", text)
 
@@ -220,12 +227,8 @@ def judge_settling(found: Settling | str) -> Verdict:
 
 
 def _not_finite(where: str) -> Verdict:
-    return Verdict(
-        "k-hat",
-        "bad",
-        f"importance weights {where} are not finite",
-        "Find the draw: sd.to_arviz, lp and log_q.",
-    )
+    found = f"importance weights {where} are not finite"
+    return Verdict("k-hat", "bad", found, "Find the draw: lp and log_q of sd.to_arviz(fit, data).")
 
 
 def _grade(x: float, fair: float, bad: float) -> Level:
