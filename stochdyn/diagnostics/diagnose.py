@@ -16,6 +16,7 @@ from stochdyn.diagnostics.settling import Settling, settling
 from stochdyn.diagnostics.tree import as_array
 from stochdyn.diagnostics.verdicts import (
     NO_LATENTS,
+    OTHER_MODEL,
     POINTS,
     judge_coverage,
     judge_gap,
@@ -37,6 +38,7 @@ from stochdyn.diagnostics.weights import (
     try_evidence,
 )
 from stochdyn.errors import FitError, StochdynError
+from stochdyn.guides import AmortizedGuide
 from stochdyn.inference.collapse import site_uses, unconstrained
 from stochdyn.inference.draws import Draws, check_follows, draw, draw_prior, evaluating, pair
 from stochdyn.inference.result import Fit
@@ -48,7 +50,7 @@ _RESCALINGS = 20
 
 
 def diagnose(
-    fit: Any, data: Any, *, draws: int = 400, particles: int = 30, seed: int | None = 0
+    fit: Any, data: Any, *, draws: int = 1000, particles: int = 20, seed: int | None = 0
 ) -> Diagnosis:
     """Say whether the posterior of a fit can be believed.
 
@@ -60,7 +62,7 @@ def diagnose(
     Args:
         fit: what `sd.fit` returned, or (model, guide), which has no losses.
         data: what the model takes, best the data of the fit; of very many series take some, `data[:100]`.
-        draws: from the guide, at least 25; 1000 make k-hat sharper.
+        draws: from the guide, at least 25; k-hat needs about 1000.
         particles: of the particle filter in `sd.evidence`, per draw and series.
         seed: of the draws; None uses the current random state.
 
@@ -142,7 +144,9 @@ def _weigh(
         return _Weighed(both, {"no_evidence": NO_LATENTS})
     if any(latent.is_point for latent in latents):
         return _Weighed((Verdict("gap", "-", POINTS), Verdict("k-hat", "-", POINTS)), {"no_evidence": POINTS})
-    evidence, why = try_evidence(fit, data, **options)
+    evidence, why = None, OTHER_MODEL
+    if _own_guide(*pair(fit)):
+        evidence, why = try_evidence(fit, data, **options)
     if evidence is None:
         tail, numbers = _tail(weights, latents, latents, _ids(data, weights))
         return _Weighed((Verdict("gap", "-", f"no evidence: {why}"), tail), {"no_evidence": why, **numbers})
@@ -153,6 +157,11 @@ def _weigh(
     used = weights if local and not others else without
     tail, more = _tail(used, others or latents, latents, _ids(data, weights))
     return _Weighed((gap, tail), {**numbers, **more, "evidence": log_mean(without.joint)})
+
+
+def _own_guide(model: Any, guide: Any) -> bool:
+    """Whether an AmortizedGuide was made for this model: its paths are the proposals of the particle filter."""
+    return not isinstance(guide, AmortizedGuide) or guide.model is model
 
 
 def _gap(
@@ -180,12 +189,12 @@ def _tail(
     what = ", ".join(latent.name for latent in weighed[:4]) + (" and others" if len(weighed) > 4 else "")
     if all(latent.local for latent in latents) and weights.series is not None:
         ks, numbers = tails(weights.series), sum(latent.units for latent in weighed)
-        gaps = log_mean(weights.series, less=weights.series).value
-        verdict = judge_tails(ks, ids, what, numbers, gaps)
+        gap = log_mean(weights.series, less=weights.series)
+        verdict = judge_tails(ks, ids, what, numbers, gap)
         return verdict, {"k_hat_per_series": np.array([k.k for k in ks])}
     (k,) = tails(weights.joint[:, None])
     numbers = sum(latent.posterior_sd.size for latent in weighed)
-    return judge_tail(k, what, numbers, log_mean(weights.joint, less=weights.joint).value), {"k_hat": k}
+    return judge_tail(k, what, numbers, log_mean(weights.joint, less=weights.joint)), {"k_hat": k}
 
 
 def _ids(data: Any, weights: Weights) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ class Settling:
         """The drift in units of the noise, or of 1 nat, or of 0.1 nats per series, whichever is largest; 0 where it is
         not significant."""
         unit = max(self.noise, 1.0, 0.1 * self.series)
-        return 0.0 if abs(self.drift) < 4 * self.error else abs(self.drift) / unit
+        return 0.0 if abs(self.drift) < 3 * self.error else abs(self.drift) / unit
 
 
 def settling(losses: Any, kl_weights: Any = (), series: int | None = None) -> Settling | str:

@@ -13,8 +13,9 @@ from stochdyn.diagnostics.settling import Settling
 from stochdyn.diagnostics.weights import Estimate
 
 RICHER = "Train on; a richer guide (docs/guides.md): FullRank or Flow, LocalFlow for latents of series, FreeMessage."
-MANY_NUMBERS = "Use the draws unweighted: over many numbers small errors make k-hat large."
+UNWEIGHTED = "Use the draws as they are; reweighted averages would have no useful error bars."
 NO_LATENTS = "no latents: the likelihood is exact, nothing is lost"
+OTHER_MODEL = "the guide was made for another model, whose evidence it would give"
 POINTS = "the guide is a point estimate, so there is no posterior to weigh"
 WRONG_PROCESS = "Another process: docs/point_processes.md, Which process, and Is it the right process?"
 MANY = 20  # numbers from which on small errors make k-hat large
@@ -52,9 +53,12 @@ def judge_gap(
     return Verdict("gap", level, found, "" if level == "good" else RICHER)
 
 
-def judge_tail(k: ParetoK, what: str, numbers: int, gap: float) -> Verdict:
-    """One k-hat. Over many numbers a large one is no verdict by itself: then the gap per number decides. So does a gap
-    below 0.1 nats, unless k is 1 or more, where the gap is not known.
+def judge_tail(k: ParetoK, what: str, numbers: int, gap: Estimate) -> Verdict:
+    """One k-hat, and what the mean of the weights says besides.
+
+    Over many numbers a large k-hat is no verdict by itself: then the gap per number decides. So does a gap below 0.1
+    nats, unless k is 1 or more, where the gap is not known. Over few a good k-hat is none either: a standard deviation
+    of half the truth has k = 0.75, often estimated below the threshold, and a gap of 0.32.
 
     Args:
         k: the fit.
@@ -63,56 +67,62 @@ def judge_tail(k: ParetoK, what: str, numbers: int, gap: float) -> Verdict:
         gap: log mean weight - mean log weight, an estimate of the gap from below.
 
     Example:
-        >>> judge_tail(ParetoK(0.2, False, 400, 0.6, 300.0), "theta", 1, 0.1).level
+        >>> judge_tail(ParetoK(0.2, False, 400, 0.6, 300.0), "theta", 1, Estimate(0.1, 0.02)).level
         'good'
-        >>> judge_tail(ParetoK(0.9, False, 400, 0.6, 10.0), "theta", 1, 0.5).level
+        >>> judge_tail(ParetoK(0.5, False, 400, 0.6, 300.0), "theta", 1, Estimate(0.3, 0.02)).level
         'bad'
-        >>> judge_tail(ParetoK(0.9, False, 400, 0.6, 10.0), "z", 100, 1.0).level
+        >>> judge_tail(ParetoK(0.9, False, 400, 0.6, 10.0), "theta", 1, Estimate(0.5, 0.1)).level
+        'bad'
+        >>> judge_tail(ParetoK(0.9, False, 400, 0.6, 10.0), "z", 100, Estimate(1.0, 0.1)).level
         'fair'
     """
     if np.isnan(k.k):
         return _not_finite(f"of {what}")
     found = f"{k} of {what}"
     if k.good:
-        return Verdict("k-hat", "good", found)
-    if numbers > MANY and gap < SMALL_GAP * numbers:
-        return Verdict("k-hat", "fair", f"{found}, {numbers} numbers", MANY_NUMBERS)
-    if k.k < 1 and gap < CLOSE:
-        return Verdict(
-            "k-hat", "fair", f"{found}, at a gap of {gap:.2f} nats", "Use the draws as they are, unweighted."
-        )
+        return _few(found, numbers, gap.value - 2 * gap.error)
+    if numbers > MANY and gap.value < SMALL_GAP * numbers:
+        return Verdict("k-hat", "fair", f"{found}, {numbers} numbers", UNWEIGHTED)
+    if k.k < 1 and gap.value < CLOSE:
+        return Verdict("k-hat", "fair", f"{found}, but only {gap.value:.2f} nats lost", UNWEIGHTED)
     return Verdict("k-hat", "bad", found, RICHER)
 
 
-def judge_tails(
-    ks: Sequence[ParetoK], ids: Sequence[Any], what: str, numbers: int, gaps: np.ndarray
-) -> Verdict:
-    """A k-hat per series: bad where more than a tenth of them is not good.
+def _few(found: str, numbers: int, gap: float) -> Verdict:
+    """The verdict where k-hat is good."""
+    level = _grade(gap, max(CLOSE, SMALL_GAP * numbers), max(1.5 * CLOSE, 0.1 * numbers))
+    if level == "good":
+        return Verdict("k-hat", level, found)
+    return Verdict("k-hat", level, f"{found}; but {gap:.2f} nats lost or more", RICHER)
+
+
+def judge_tails(ks: Sequence[ParetoK], ids: Sequence[Any], what: str, numbers: int, gap: Estimate) -> Verdict:
+    """A k-hat per series: bad where more than a tenth of them is not good; else as for one, by the median gap.
 
     Example:
         >>> good, bad = ParetoK(0.2, False, 400, 0.6, 300.0), ParetoK(0.9, False, 400, 0.6, 10.0)
-        >>> judge_tails([good, bad], ["a", "b"], "z", 2, np.zeros(2)).found
+        >>> judge_tails([good, bad], ["a", "b"], "z", 2, Estimate(np.ones(2), np.zeros(2))).found
         "1 of 2 series not below 0.60, the largest 0.90 in series 'b', of z"
     """
     values = np.array([k.k for k in ks])
     if np.isnan(values).any():
         return _not_finite(f"of series {ids[int(np.isnan(values).argmax())]!r}")
-    over, worst = np.array([not k.good for k in ks]), int(values.argmax())
     if len(ks) == 1:
-        return judge_tail(ks[0], what, numbers, float(gaps[0]))
+        return judge_tail(ks[0], what, numbers, Estimate(gap.value[0], gap.error[0]))
+    over, worst, limit = np.array([not k.good for k in ks]), int(values.argmax()), ks[0].threshold
+    if all(k.exact for k in ks):
+        return Verdict("k-hat", "good", f"exact in all {len(ks)} series (all weights equal), of {what}")
     if not over.any():
-        if all(k.exact for k in ks):
-            return Verdict("k-hat", "good", f"exact in all {len(ks)} series (all weights equal), of {what}")
-        return Verdict("k-hat", "good", f"below {ks[0].threshold:.2f} in all {len(ks)} series, of {what}")
+        found = f"below {limit:.2f} in all {len(ks)} series, of {what}"
+        return _few(found, numbers, float(np.median(gap.value - 2 * gap.error)))
     found = (
-        f"{over.sum()} of {len(ks)} series not below {ks[0].threshold:.2f}, the largest {values[worst]:.2f} in series "
+        f"{over.sum()} of {len(ks)} series not below {limit:.2f}, the largest {values[worst]:.2f} in series "
         f"{ids[worst]!r}, of {what}"
     )
     if over.mean() <= 0.1:
         return Verdict("k-hat", "fair", found, "Look at these series: `k_hat_per_series`.")
-    if numbers > MANY and np.median(gaps[over]) < SMALL_GAP * numbers:
-        found += f", {numbers} numbers"
-        return Verdict("k-hat", "fair", found, MANY_NUMBERS)
+    if numbers > MANY and np.median(gap.value[over]) < SMALL_GAP * numbers:
+        return Verdict("k-hat", "fair", f"{found}, {numbers} numbers", UNWEIGHTED)
     return Verdict("k-hat", "bad", found, RICHER)
 
 
