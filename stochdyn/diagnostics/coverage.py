@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stochdyn.data import Series
+from stochdyn.data.checks import fill_missing
 from stochdyn.diagnostics.importance import psis_weights
 from stochdyn.diagnostics.tree import as_array
 from stochdyn.diagnostics.weights import tails
@@ -135,10 +136,10 @@ def _hidden(
     ranks, moved = np.full(data.values.shape, np.nan), torch.zeros((), device=data.device)
     for hold in _folds(data):
         rest = data.mask & ~hold
-        part = data._with(mask=rest, values=torch.where(rest, data.values, torch.zeros_like(data.values)))
+        part = data._with(mask=rest, values=fill_missing(data.values, rest, data.values.dtype, str))
         try:
             again = predict(fit, part, draws=len(seen), seed=seed).observations
-        except StochdynError:
+        except (StochdynError, RuntimeError, ValueError):
             return None
         moved = moved + ((again != seen).any(0) & hold & scored).sum()
         ranks = np.where(_numpy(hold), _ranks(again, data.values, generator), ranks)

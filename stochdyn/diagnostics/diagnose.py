@@ -219,8 +219,7 @@ def _latents(
         before = sds.get(use.name, np.array(np.nan))
         before = np.broadcast_to(before, posterior.shape) if before.ndim == 0 else before
         before = np.full(posterior.shape, np.nan) if before.shape != posterior.shape else before
-        active = use.active if series is not None and series > 1 else None
-        out.append(LatentUse(use.name, use.local, posterior, before, use.units, active, use.kl))
+        out.append(LatentUse(use.name, use.local, posterior, before, use.units, use.active, use.kl))
     return tuple(out)
 
 
@@ -237,16 +236,12 @@ def _rescaling(
     names = [name for name, site in found.observed.items() if isinstance(site.fn, AbstractPointProcess)]
     if not names:
         return None
-    tests: dict[str, list[TimeRescaling]] = {name: [] for name in names}
     try:
         with evaluating(*pair(fit), seed=seed):
-            for _ in range(_RESCALINGS if found.latents else 1):
-                sites = draw(fit, data, 1).observed
-                for name in names:
-                    tests[name].append(_rescaled(sites[name]))
+            drawn = [draw(fit, data, 1).observed for _ in range(_RESCALINGS if found.latents else 1)]
+            return {name: _median([_rescaled(sites[name]) for sites in drawn]) for name in names}
     except StochdynError as error:
         return Verdict("jumps", "-", str(error).splitlines()[0])
-    return {name: _median(some) for name, some in tests.items()}
 
 
 def _rescaled(site: Any) -> TimeRescaling:

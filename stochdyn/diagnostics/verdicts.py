@@ -186,7 +186,8 @@ def judge_coverage(found: Coverage) -> Verdict:
     text += f" intervals ({found.points[worst]} values of {found.channels[worst]!r}"
     text += f", {_HOW[found.how]})"
     if level == "good":
-        return Verdict("coverage", level, text)
+        # The posterior saw these values, so that most lie inside says nothing.
+        return Verdict("coverage", "-" if found.how == "seen" else level, text)
     if narrow:
         return Verdict(
             "coverage",

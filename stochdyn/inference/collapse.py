@@ -247,7 +247,7 @@ def _check(trace: Any, layout: Layout, dim: int, series: int) -> None:
 def site_uses(
     found: Draws, is_local: Callable[[Site], bool], series: int, threshold: float = 0.01
 ) -> tuple[SiteUse, ...]:
-    """Active units and KL of every latent of the model.
+    """Active units and KL of every latent of the model; of one series no unit can be called active.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -267,7 +267,7 @@ def site_uses(
         kl = sum_rightmost(q - prior.log_prob, len(prior.plates)).mean().item()
         local = is_local(prior)
         free = unconstrained(prior)
-        active = int((_spread_of_means(free) > threshold).sum()) if local else None
+        active = int((_spread_of_means(free) > threshold).sum()) if local and series > 1 else None
         out.append(SiteUse(name, local, free.shape[-1], active, kl / series if local else kl))
     return tuple(out)
 

@@ -102,6 +102,23 @@ def test_censored_and_masked_values_do_not_count():
     assert found.points.tolist() == [int((values[..., 0] > -1).sum()), 200]
 
 
+def test_hidden_values_are_filled_with_what_the_likelihood_can_produce():
+    def model(batch):
+        with batch.plate("series"):
+            level = pyro.sample("level", normal(0.0, 1.0))
+            loc = level[..., None, None].expand(*level.shape, 6, 1)
+            pyro.sample("y", dist.LogNormal(loc, 0.5).mask(batch.mask).to_event(2), obs=batch.values)
+
+    def guide(batch):
+        count = batch.mask.sum((1, 2)) / 0.25
+        with batch.plate("series"):
+            loc = (batch.values.log() * batch.mask).sum((1, 2)) / 0.25 / (1 + count)
+            pyro.sample("level", dist.Normal(loc, (1 + count) ** -0.5))
+
+    found = of(model, guide, sd.Series(torch.arange(6.0), levels().values.exp()))
+    assert found.how == "hidden" and covers(found)
+
+
 def test_plain_tensors():
     def model(y):
         with pyro.plate("rows", len(y)):

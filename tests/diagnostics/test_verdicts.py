@@ -96,7 +96,8 @@ def test_coverage(scale, level):
 
 
 def test_smoothing_may_cover_too_much_and_few_values_say_little():
-    assert judge_coverage(Coverage.of(("y",), [ranks(0.5)], how="seen")).level == "good"
+    assert judge_coverage(Coverage.of(("y",), [ranks(0.5)], how="seen")).level == "-"
+    assert judge_coverage(Coverage.of(("y",), [ranks(2.0)], how="seen")).level == "bad"
     assert judge_coverage(Coverage.of(("y",), [ranks(2.0, size=6)], how="hidden")).level == "good"
     assert judge_coverage(Coverage.of(("y",), [np.zeros(0)], how="hidden")).level == "-"
 
