@@ -37,8 +37,8 @@ def plot_diagnosis(diagnosis: Diagnosis, *, axes: Any = None) -> np.ndarray:
     panels = _panels(diagnosis)
     grid = given_axes(axes, len(panels)) if axes is not None else _new(len(panels))
     for draw, ax in zip(panels, grid, strict=True):
+        clean(ax)  # before, since it sets ticks
         draw(diagnosis, ax)
-        clean(ax)
     return grid
 
 
@@ -91,7 +91,7 @@ def _latents(found: Diagnosis, ax: Axes) -> None:
     ax.barh(range(len(shown)), ratios, color=colors, height=0.6)
     ax.axvline(1, color=INK, lw=0.8)
     ax.set_yticks(range(len(shown)), [latent.name for latent in shown])
-    ax.invert_yaxis()
+    ax.set_ylim(max(len(shown), 3) - 0.4, -0.6)
     ax.set_xlabel("posterior sd / prior sd")
     ax.set_title("what the data said", loc="left", fontsize="medium")
 

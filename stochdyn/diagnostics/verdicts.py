@@ -26,6 +26,7 @@ _HOW = {
 }
 _SHORT = ((0.08, 0.15), (0.04, 0.1))  # by which coverage may miss its level: fair, bad
 CLOSE = 0.1  # nats; the total variation is then below 0.23
+NEARLY = 0.99  # of the draws: a standard deviation of 0.93 of the truth or better
 SMALL_GAP = 0.03  # nats per number: a standard deviation of 0.83 of the truth
 
 
@@ -79,6 +80,12 @@ def judge_tail(k: ParetoK, what: str, numbers: int, gap: Estimate) -> Verdict:
     if np.isnan(k.k):
         return _not_finite(f"of {what}")
     found = f"{k} of {what}"
+    if _equal(k):
+        return Verdict(
+            "k-hat",
+            "good",
+            found if k.exact else f"weights nearly equal, worth {k.ess:.0f} of {k.draws} draws, of {what}",
+        )
     if k.good:
         return _few(found, numbers, gap.value - 2 * gap.error)
     if numbers > MANY and gap.value < SMALL_GAP * numbers:
@@ -86,6 +93,11 @@ def judge_tail(k: ParetoK, what: str, numbers: int, gap: Estimate) -> Verdict:
     if k.k < 1 and gap.value < CLOSE:
         return Verdict("k-hat", "fair", f"{found}, but only {gap.value:.2f} nats lost", UNWEIGHTED)
     return Verdict("k-hat", "bad", found, RICHER)
+
+
+def _equal(k: ParetoK) -> bool:
+    """Whether the weights hardly differ: then k, which knows no scale, is that of rounding errors."""
+    return k.ess > NEARLY * k.draws
 
 
 def _few(found: str, numbers: int, gap: float) -> Verdict:
@@ -109,7 +121,11 @@ def judge_tails(ks: Sequence[ParetoK], ids: Sequence[Any], what: str, numbers: i
         return _not_finite(f"of series {ids[int(np.isnan(values).argmax())]!r}")
     if len(ks) == 1:
         return judge_tail(ks[0], what, numbers, Estimate(gap.value[0], gap.error[0]))
-    over, worst, limit = np.array([not k.good for k in ks]), int(values.argmax()), ks[0].threshold
+    over, worst, limit = (
+        np.array([not k.good and not _equal(k) for k in ks]),
+        int(values.argmax()),
+        ks[0].threshold,
+    )
     if all(k.exact for k in ks):
         return Verdict("k-hat", "good", f"exact in all {len(ks)} series (all weights equal), of {what}")
     if not over.any():

@@ -23,6 +23,7 @@ def test_a_panel_for_each_thing_measured():
     titles = [ax.get_title(loc="left") for ax in axes]
     assert titles == ["gap per series", "what the data said", "coverage, optimistic"]
     assert [text.get_text() for text in axes[0].get_xticklabels()] == ["Ada", "Bo"]
+    assert [text.get_text() for text in axes[1].get_yticklabels()] == ["z"]
     bar = axes[1].patches[0]
     assert bar.get_width() == 1.0
 

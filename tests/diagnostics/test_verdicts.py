@@ -54,6 +54,15 @@ def test_one_tail(khat, numbers, gap, level):
     assert judge_tail(k(khat), "theta", numbers, Estimate(gap, 0.01)).level == level
 
 
+def test_weights_that_hardly_differ_have_no_tail_worth_naming():
+    flat = ParetoK(2.5, False, 1000, 2 / 3, 998.0)
+    assert judge_tail(flat, "theta", 1, Estimate(1e-4, 1e-5)).found.startswith(
+        "weights nearly equal, worth 998"
+    )
+    both = Estimate(np.full(2, 1e-4), np.full(2, 1e-5))
+    assert judge_tails([flat, flat], ["a", "b"], "theta", 1, both).level == "good"
+
+
 def test_tails_of_series():
     gap = Estimate(np.full(20, 0.05), np.full(20, 0.01))
     ids = list(range(20))
