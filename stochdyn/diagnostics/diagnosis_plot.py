@@ -110,7 +110,7 @@ def _coverage(found: Diagnosis, ax: Axes) -> None:
         ax.set_xticks(at, cover.channels)
         ax.set_xlim(-0.5, len(at) - 0.5)
     ax.set(xlabel="channel", ylabel="share inside (2 s.e.)")
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
+    ax.legend(frameon=False, fontsize="small", loc="best")
     ax.set_title("coverage, optimistic" if cover.how == "seen" else "coverage", loc="left", fontsize="medium")
 
 
