@@ -173,6 +173,10 @@ def judge_latents(latents: Sequence[LatentUse], trusted: bool) -> Verdict:
         return Verdict(
             "latents", "fair", found, "The data say nothing about it, or the guide ignores them: see k-hat."
         )
+    if latents and not any(np.isfinite(latent.prior_sd).any() for latent in latents):
+        return Verdict(
+            "latents", "-", "the prior could not be simulated, so there is nothing to compare with"
+        )
     return Verdict("latents", "good", "all have moved from their priors" if latents else "there are none")
 
 

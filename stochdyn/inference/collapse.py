@@ -281,9 +281,13 @@ def unconstrained(site: Site) -> Tensor:
         >>> unconstrained(site).shape
         torch.Size([4, 1, 1])
     """
-    u = biject_to(site.fn.support).inv(site.value)
-    batch = site.value.shape[1 : 1 + len(site.plates)]
-    return u.reshape(len(site.value), batch.numel(), -1)
+    plates = 1 + len(site.plates)
+    draws, *batch = site.value.shape[:plates]
+    # What left of the plates was squeezed out of the value is still in the distribution.
+    ones = [1] * (len(site.fn.batch_shape) - plates)
+    value = site.value.reshape(draws, *ones, *batch, *site.value.shape[plates:])
+    u = biject_to(site.fn.support).inv(value)
+    return u.reshape(draws, math.prod(batch), -1)
 
 
 def _spread_of_means(draws: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def test_latents():
     idle = use(posterior_sd=ones, local=False, active=None, kl=0.0)
     assert judge_latents([idle], True).found == "posterior = prior: z"
     assert judge_latents([], True).level == "good"
+    assert judge_latents([use(prior_sd=np.nan * ones)], True).level == "-"
 
 
 def ranks(scale, size=1000):
