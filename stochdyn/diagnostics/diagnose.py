@@ -50,7 +50,7 @@ _RESCALINGS = 20
 
 
 def diagnose(
-    fit: Any, data: Any, *, draws: int = 1000, particles: int = 20, seed: int | None = 0
+    fit: Any, data: Any, *, draws: int = 1000, particles: int = 10, seed: int | None = 0
 ) -> Diagnosis:
     """Say whether the posterior of a fit can be believed.
 
