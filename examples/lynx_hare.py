@@ -63,6 +63,7 @@ def main(smoke: bool = False, out: Path = Path("examples/output")) -> None:
     evidence = sd.evidence(fit, data, draws=draws // 2, particles=5 if smoke else 100)
     print("Guide, rates and noises: ", sd.pareto_k(evidence.importance.numpy()))
     print(f"log evidence {evidence.total:.2f}, ELBO {fit.elbo:.2f}")
+    print(sd.diagnose(fit, data, draws=draws, particles=5 if smoke else 10))
 
     out.mkdir(parents=True, exist_ok=True)
     forecast = sd.predict(fit, data, ts=torch.arange(1921.0, 1931.0), draws=draws)

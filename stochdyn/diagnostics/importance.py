@@ -154,6 +154,8 @@ def _equal(values: np.ndarray) -> bool:
 def _smooth(values: np.ndarray) -> tuple[np.ndarray, float]:
     """Normalised smoothed log weights, and k."""
     x = values.astype(float) - values.max()
+    if _equal(values):
+        return x - _log_sum_exp(x), -np.inf
     order = np.argsort(x, kind="stable")
     size = int(np.ceil(min(len(x) / 5, 3 * np.sqrt(len(x)))))
     cutoff = max(x[order[-size - 1]], np.log(np.finfo(float).tiny))

@@ -147,7 +147,8 @@ def posterior_collapse(
                 "posterior_collapse: the model has no plate over series, so there is none to compare."
             )
         information, series = mutual_information(guide, args, layout, draws=min(draws, 10), shifts=shifts)
-        sites = _uses(draw((model, guide), data, draws), layout, series, threshold)
+        found = draw((model, guide), data, draws)
+        sites = site_uses(found, lambda site: layout.plate in site.plates, series, threshold)
     return PosteriorCollapse(information, math.log(series), sites)
 
 
@@ -243,7 +244,20 @@ def _check(trace: Any, layout: Layout, dim: int, series: int) -> None:
         )
 
 
-def _uses(found: Draws, layout: Layout, series: int, threshold: float) -> tuple[SiteUse, ...]:
+def site_uses(
+    found: Draws, is_local: Callable[[Site], bool], series: int, threshold: float = 0.01
+) -> tuple[SiteUse, ...]:
+    """Active units and KL of every latent of the model; of one series no unit can be called active.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def program():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> with torch.no_grad():
+        ...     found = draw((program, program), (), 4)
+        >>> site_uses(found, lambda site: False, 1)
+        (SiteUse(name='z', local=False, units=1, active=None, kl=0.0),)
+    """
     out = []
     for name, prior in found.prior.items():
         q = found.latents[name].log_prob
@@ -251,18 +265,29 @@ def _uses(found: Draws, layout: Layout, series: int, threshold: float) -> tuple[
         if inner is not None:
             q = q + inner.log_prob
         kl = sum_rightmost(q - prior.log_prob, len(prior.plates)).mean().item()
-        local = layout.plate in prior.plates
-        free = _free(prior)
-        active = int((_spread_of_means(free) > threshold).sum()) if local else None
+        local = is_local(prior)
+        free = unconstrained(prior)
+        active = int((_spread_of_means(free) > threshold).sum()) if local and series > 1 else None
         out.append(SiteUse(name, local, free.shape[-1], active, kl / series if local else kl))
     return tuple(out)
 
 
-def _free(site: Site) -> Tensor:
-    """(draws, members, units) in unconstrained coordinates."""
-    u = biject_to(site.fn.support).inv(site.value)
-    batch = site.value.shape[1 : 1 + len(site.plates)]
-    return u.reshape(len(site.value), batch.numel(), -1)
+def unconstrained(site: Site) -> Tensor:
+    """(draws, members, units) the values of a site in unconstrained coordinates.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> site = Site("theta", dist.LogNormal(torch.zeros(4), 1.0), torch.ones(4), torch.zeros(4), (), False)
+        >>> unconstrained(site).shape
+        torch.Size([4, 1, 1])
+    """
+    plates = 1 + len(site.plates)
+    draws, *batch = site.value.shape[:plates]
+    # What left of the plates was squeezed out of the value is still in the distribution.
+    ones = [1] * (len(site.fn.batch_shape) - plates)
+    value = site.value.reshape(draws, *ones, *batch, *site.value.shape[plates:])
+    u = biject_to(site.fn.support).inv(value)
+    return u.reshape(draws, math.prod(batch), -1)
 
 
 def _spread_of_means(draws: Tensor) -> Tensor:

@@ -143,6 +143,33 @@ def draw(fit: Any, data: Any, draws: int) -> Draws:
     return Draws(latents, prior, observed, deterministic, nesting, draws)
 
 
+def draw_prior(fit: Any, data: Any, like: Draws) -> dict[str, Site]:
+    """Draw the latents from the model instead of the guide, as many as `like`; their `log_prob` is left at 0.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+        >>> def guide(y):
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("z", dist.Normal(y / 2, 0.5**0.5))
+        >>> found = draw((model, guide), torch.zeros(3), 5)
+        >>> draw_prior((model, guide), torch.zeros(3), found)["z"].value.shape
+        torch.Size([5, 3])
+    """
+    model, _ = pair(fit)
+    with pyro.plate("_draws", like.size, dim=-like.plates - 1):
+        trace = poutine.trace(model).get_trace(*arguments(data))
+    out = {}
+    for name, site in trace.nodes.items():
+        if _is_latent(site):
+            plates, fn = _frames(site), site["fn"]
+            value = _squeezed(site["value"], like.size, like.plates, len(plates), len(fn.event_shape))
+            out[name] = Site(name, fn, value, torch.zeros(()), plates, False)
+    return out
+
+
 def _check_broadcasts(guide: Callable[..., Any], model: Callable[..., Any], data: Any, nesting: int) -> None:
     """Try a number of draws that no plate has: a parameter on the wrong dimension would pass where they agree."""
     count = next(

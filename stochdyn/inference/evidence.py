@@ -229,7 +229,7 @@ def _of_site(site: dict[str, Any], points: int) -> Tensor:
         raise GuideError(f"site '{name}': masked by a handler. Put the mask into .mask(batch.mask).")
     if not torch.allclose(torch.as_tensor(site["scale"]).double(), torch.tensor(plate_scale(site)).double()):
         raise GuideError(f"site '{name}': scaled by a handler. Only plates may scale a likelihood here.")
-    rows, events = _pointwise(fn, site["value"])
+    rows, events = pointwise(fn, site["value"])
     if len(fn.event_shape) == 2 and events == 2:
         rows, events = rows.sum(-1), 1
     if not (len(fn.event_shape) in (1, 2) and events == 1 and rows.shape[-1] == points):
@@ -240,13 +240,21 @@ def _of_site(site: dict[str, Any], points: int) -> Tensor:
     return rows
 
 
-def _pointwise(fn: Any, value: Tensor) -> tuple[Tensor, int]:
-    """log_prob before event dimensions are summed, masks applied; and how many event dimensions are left."""
+def pointwise(fn: Any, value: Tensor) -> tuple[Tensor, int]:
+    """log_prob before event dimensions are summed, masks applied; and how many event dimensions are left.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> fn = dist.Normal(torch.zeros(4, 3), 1.0).mask(torch.arange(3) > 0).to_event(2)
+        >>> rows, left = pointwise(fn, torch.zeros(4, 3))
+        >>> rows[0, 0].item(), rows.shape, left
+        (0.0, torch.Size([4, 3]), 2)
+    """
     if isinstance(fn, Independent):
-        rows, events = _pointwise(fn.base_dist, value)
+        rows, events = pointwise(fn.base_dist, value)
         return rows, events + fn.reinterpreted_batch_ndims
     if hasattr(fn, "_mask") and hasattr(fn, "base_dist"):
-        rows, events = _pointwise(fn.base_dist, value)
+        rows, events = pointwise(fn.base_dist, value)
         mask = torch.as_tensor(fn._mask, device=rows.device)
         return torch.where(mask.reshape(*mask.shape, *[1] * events), rows, torch.zeros_like(rows)), events
     return fn.log_prob(value), 0

@@ -18,7 +18,7 @@ from stochdyn.errors import DivergedError, FitError
 from stochdyn.inference import scopes
 from stochdyn.inference.aggressive import Phase
 from stochdyn.inference.batches import arguments, population
-from stochdyn.inference.diagnosis import diagnose
+from stochdyn.inference.breakdown import breakdown
 from stochdyn.inference.objective import AbstractObjective, weighted
 from stochdyn.inference.outcomes import Clip, Outcomes, Step
 from stochdyn.inference.parameters import (
@@ -232,7 +232,7 @@ class Trainer:
             f"the last finite loss was {self.fit.losses[-1]:.6g}" if self.fit.losses else "no loss was finite"
         )
         with without_waiting(False):
-            why = diagnose(self.parameters, objective, self.fit.model, self.fit.guide, self._args)
+            why = breakdown(self.parameters, objective, self.fit.model, self.fit.guide, self._args)
         raise FitError(
             f"step {step.number}: {PATIENCE} steps in a row were not finite; {last}. The last one: {error}\n{why}",
             fit=self.fit,

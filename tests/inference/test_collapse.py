@@ -11,9 +11,10 @@ from pyro.infer.autoguide import AutoNormal
 
 import stochdyn as sd
 from stochdyn.errors import FitError
-from stochdyn.inference.collapse import PosteriorCollapse, mutual_information
+from stochdyn.inference.collapse import PosteriorCollapse, mutual_information, unconstrained
+from stochdyn.inference.draws import draw, draw_prior, evaluating
 from stochdyn.inference.local import Layout
-from tests.programs import F64, local_theta, normal, ou, ou_series, own_times
+from tests.programs import F64, local_theta, normal, ou, ou_path, ou_series, own_times
 
 SLOPE, NOISE = 1.5, 0.8
 
@@ -172,6 +173,24 @@ def test_known_starts():
 
     with pytest.raises(FitError, match="compares the latents of different series"):
         sd.posterior_collapse((known, sd.AmortizedGuide(known)), ou_series(3, [0.0, 1.0, 2.0]), draws=2)
+
+
+def test_a_path_outside_plates_has_its_own_units():
+    def one_path(batch):
+        sigma = pyro.sample("sigma", dist.LogNormal(torch.tensor(0.0, dtype=F64), 0.5))
+        grid = sd.TimeGrid(batch.times, substeps=2)
+        z = pyro.sample("z", ou_path(grid.ts, 1.0, 0.0, sigma))
+        with batch.plate("series"):
+            seen = dist.Normal(grid.observed(z), 0.3).mask(batch.mask).to_event(2)
+            pyro.sample("y", seen, obs=batch.values)
+
+    pair, data = (one_path, sd.AmortizedGuide(one_path)), ou_series(3, [0.0, 1.0, 2.0])
+    with evaluating(*pair, seed=0):
+        found = draw(pair, data, 20)
+        prior = draw_prior(pair, data, found)
+    for site in (found.prior["z"], found.latents["z"], prior["z"]):
+        assert unconstrained(site).shape == (20, 1, 5)
+    assert unconstrained(prior["sigma"]).std().item() == pytest.approx(0.5, rel=0.5)
 
 
 def test_the_table_is_plain_text():

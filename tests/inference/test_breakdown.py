@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stochdyn.errors import DivergedError
-from stochdyn.inference.diagnosis import bad_sites, diagnose
+from stochdyn.inference.breakdown import bad_sites, breakdown
 from stochdyn.inference.objective import ELBO
 from stochdyn.inference.parameters import Parameters
 
@@ -59,7 +59,7 @@ def test_gradients_and_values_by_name():
     parameters = Parameters({"model": root})
     parameters.collect()
     root.dead.data.fill_(float("inf"))
-    text = diagnose(parameters, ELBO(), root, lambda y: None, (torch.tensor(0.0),))
+    text = breakdown(parameters, ELBO(), root, lambda y: None, (torch.tensor(0.0),))
     assert "in a fresh run: no sample site." in text
     assert "non-finite gradient: model.bad; with a non-finite value: model.dead." in text
     assert "lower lr" in text

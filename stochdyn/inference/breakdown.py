@@ -36,7 +36,7 @@ def bad_sites(model: Program, guide: Program, args: tuple) -> list[str]:
     return found
 
 
-def diagnose(
+def breakdown(
     parameters: Parameters, objective: AbstractObjective, model: Program, guide: Program, args: tuple
 ) -> str:
     """What is not finite in one fresh run of the objective: sites, gradients, parameters; and the fix.
@@ -47,7 +47,7 @@ def diagnose(
         >>> def model(y):
         ...     pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
         >>> guide = lambda y: None
-        >>> text = diagnose(Parameters({}), ELBO(), model, guide, (torch.tensor(1e30),))
+        >>> text = breakdown(Parameters({}), ELBO(), model, guide, (torch.tensor(1e30),))
         >>> print(text.splitlines()[0])
         Not finite in a fresh run: model site 'y' (observed, largest |value| 1e+30).
     """
