@@ -80,8 +80,9 @@ def evidence(
         seed: of the draws; None uses the current random state.
 
     Raises:
-        GuideError: for the jumps of a point process; if the model has not exactly one path, or an observation or a
-            latent depends on more of the path than its state at the observation's time.
+        GuideError: for the jumps of a point process; if the model has not exactly one path, or the guide was made for
+            another model, or an observation or a latent depends on more of the path than its state at the time of the
+            observation.
 
     References:
         Andrieu & Roberts, "The pseudo-marginal approach for efficient Monte Carlo computations", Annals of
@@ -110,6 +111,7 @@ def evidence(
         found = draw(fit, data, draws)
         check_follows(found, data)
         path = _only_path(found)
+        _check_prior(path, found.prior[path.name])
         likelihood = _Likelihood(model, found, path, data)
         likelihood.check()
         log_likelihood = particle_evidence(path.fn, likelihood, particles=particles)
@@ -134,6 +136,21 @@ def _only_path(found: Draws) -> Site:
             f"{[p.name for p in paths]}. Use particle_evidence on the path itself."
         )
     return paths[0]
+
+
+def _check_prior(path: Site, prior: Site) -> None:
+    """Refuse a guide of another model: the filter moves by the guide's own path, and would weigh that model's."""
+    jumping = isinstance(path.fn, GuidedJumpPath)
+    own = path.fn.prior if jumping else GuidedPath(path.fn.chain, None, None)
+    value = path.value.reshape(*own.batch_shape, *own.event_shape)
+    with pyro.validation_enabled(False):
+        expected = own.log_prob(value).reshape(len(path.value), -1).sum(-1)
+    got = prior.log_prob.reshape(len(path.value), -1).sum(-1)
+    if not torch.allclose(got, expected, rtol=1e-3, atol=1e-2):
+        raise GuideError(
+            f"path '{path.name}' has another density in the model than in the guide: {got[0].item():.6g} and "
+            f"{expected[0].item():.6g} for one draw. The guide was made for another model; make one for this."
+        )
 
 
 class _Likelihood:

@@ -357,3 +357,24 @@ def test_point_processes_have_no_path_to_integrate_out():
 
     with pytest.raises(sd.GuideError, match="the jumps of a point process have none"):
         sd.evidence((model, sd.AmortizedGuide(model)), jumps)
+
+
+def test_a_guide_of_another_model_is_refused():
+    """The filter moves by the guide's own path: unnoticed, it would give the evidence of the guide's model."""
+    batch = sd.Series(torch.arange(4.0, dtype=F64), torch.zeros(2, 4, 1, dtype=F64))
+
+    def of(rate):
+        def model(batch):
+            grid = sd.TimeGrid(batch.times)
+            with batch.plate("series"):
+                start = dist.Normal(torch.zeros(1, dtype=F64), 1.0).to_event(1)
+                path = sd.SDEPath(lambda t, z: -rate * z, torch.tensor([0.5], dtype=F64), start, grid.ts)
+                batch.observe("y", dist.Normal(grid.observed(pyro.sample("z", path)), 0.3))
+
+        return model
+
+    one, other = of(0.5), of(5.0)
+    guide = sd.AmortizedGuide(one)
+    with pytest.raises(sd.GuideError, match="path 'z' has another density in the model than in the guide"):
+        sd.evidence((other, guide), batch, draws=1, particles=10)
+    assert torch.isfinite(sd.evidence((of(0.5), guide), batch, draws=1, particles=10).total)
