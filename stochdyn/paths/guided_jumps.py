@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from stochdyn.errors import GuideError
 from stochdyn.paths.checks import joint_batch
 from stochdyn.paths.components import Products
-from stochdyn.paths.mixture_message import FILTER_TAIL, MixtureMessage, check_guidable, counted
+from stochdyn.paths.mixture_message import FILTER_TAIL, MixtureMessage, counted
 from stochdyn.paths.noise import matvec
 from stochdyn.paths.start import RandomStart
 from stochdyn.paths.support import path_support
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stochdyn.paths.jump_diffusion import JumpDiffusionPath
 
 _BLOCK = 2**21  # numbers at once
+_FLAT = (1,), (1, 1), (1, 1, 1)
 
 
 class GuidedJumpPath(dist.TorchDistribution):
@@ -29,6 +30,9 @@ class GuidedJumpPath(dist.TorchDistribution):
     stays one. Draws carry gradients by implicit reparametrisation of the mixture's conditional distribution functions,
     one coordinate after the other.
 
+    Where the sizes are not normal, normals stand for them (`AbstractJumpSize.normals`): the density is that of what is
+    drawn, so every bound and weight stays right.
+
         q(z' | z) ~ sum_n Poisson(n) N(z'; a + n mean, G^2 + n variance) * sum_c exp(w_c + h_c'z' - z'J_c z' / 2)
 
     Args:
@@ -37,7 +41,7 @@ class GuidedJumpPath(dist.TorchDistribution):
         score_message: the message as `score_parts` sees it, by default detached.
 
     Raises:
-        GuideError: if the message is on another grid, or has other states, or the sizes of the jumps are not normal.
+        GuideError: if the message is on another grid, or has other states.
 
     References:
         Figurnov, Mohamed & Mnih, "Implicit reparameterization gradients", 2018, https://arxiv.org/abs/1805.08498
@@ -63,7 +67,6 @@ class GuidedJumpPath(dist.TorchDistribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        check_guidable(prior)
         chain = prior.chain
         if message.log_weight.shape[-2] != chain.steps + 1:
             raise GuideError(
@@ -146,6 +149,16 @@ class GuidedJumpPath(dist.TorchDistribution):
         most = max(self.prior.counts(rate, FILTER_TAIL), 1) if most is None else most
         return self._mixture(a, scale, rate, message, most)
 
+    def mismatch(self, t: Tensor, dt: Tensor, z: Tensor, new: Tensor, context: Tensor | None) -> Tensor:
+        """The log density of a step less that of the normals which stand for it; zero where sizes are normal."""
+        if self.prior.jumps.size.gaussian:
+            return torch.zeros_like(z[..., 0])
+        flat = MixtureMessage(*(torch.zeros(shape, dtype=torch.float64, device=z.device) for shape in _FLAT))
+        stand_in = self.mixture(t, dt, z, context, flat)
+        exact = self.prior.step_density(t, dt, z, new, context)
+        found = exact - stand_in.log_density(new.to(stand_in.mean)) - stand_in.log_integral()
+        return torch.where(dt[..., 0] > 0, found, torch.zeros_like(found))
+
     def start_from(self, shape: torch.Size) -> Tensor:
         """Initial states (*shape, state), drawn from the twisted start."""
         start = self.prior.chain.start
@@ -173,7 +186,7 @@ class GuidedJumpPath(dist.TorchDistribution):
     ) -> Products:
         # Log weights are values at zero: far from it their differences need more digits than states have.
         a, scale, rate = (x.to(message.precision) for x in (a, scale, rate))
-        m, d, log_prior = counted(self.prior, a, scale.square(), rate, most)
+        m, d, log_prior, _ = counted(self.prior, a, scale.square(), rate, most)
         return Products.of(log_prior, m, d, message)
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -235,6 +235,16 @@ class JumpDiffusionPath(dist.TorchDistribution):
         counts = torch.poisson(self._expected(t, dt, z, context).expand(*z.shape[:-1], 1))
         return a + noise.apply(torch.randn_like(z)) + self.jumps.size.sample(counts, z)
 
+    def step_density(
+        self, t: Tensor, dt: Tensor, z: Tensor, new: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        """The log density of one step from z to new, (..., state)."""
+        a, noise = self.chain.step(t, dt, context, z)
+        real = (dt > 0)[..., 0]
+        scale = noise.safe(real).scale.abs().expand(a.shape)  # type: ignore
+        steps = JumpSteps(self, a, scale, self._expected(t, dt, z, context), new, real)
+        return torch.logsumexp(steps.log_terms(), 0)
+
     def _expected(self, t: Tensor, dt: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         """Expected jumps in steps, (..., 1)."""
         rate = self.intensity(t, z, context)
@@ -248,14 +258,14 @@ class JumpDiffusionPath(dist.TorchDistribution):
     def guided(
         self, message: MixtureMessage, *, score_message: MixtureMessage | None = None
     ) -> GuidedJumpPath:
-        """The same path, twisted: what a guide samples. Normal jumps.
+        """The same path, twisted: what a guide samples.
 
         Args:
             message: e.g. from `filtered`.
             score_message: see `GuidedJumpPath`.
 
         Raises:
-            GuideError: if the message does not fit, or the path has other sizes.
+            GuideError: if the message does not fit.
         """
         return GuidedJumpPath(self, message, score_message, validate_args=self._validate_args)
 
@@ -276,7 +286,7 @@ class JumpDiffusionPath(dist.TorchDistribution):
                 is 0 for one state and 1 for several, of which an observation may not tell all.
 
         Raises:
-            GuideError: if the potential is on another grid, or the path has other sizes.
+            GuideError: if the potential is on another grid.
         """
         fitting(potential, self.chain)
         if around is None:

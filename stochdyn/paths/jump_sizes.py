@@ -14,13 +14,22 @@ from stochdyn.errors import FieldError
 Number = Tensor | float
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _FRACTIONS = 250
+# The four normals nearest to Exp(1), by the divergence from it (.048 nat): weights, means, standard deviations.
+_ONE = (
+    (0.17413, 0.11993, 0.07744),
+    (0.33079, 0.47498, 0.22122),
+    (0.35450, 1.24183, 0.52398),
+    (0.14058, 2.71714, 1.26750),
+)
+# A sum of several: weights and multiples of its variance, the second one for the tails.
+_SEVERAL = ((0.875, 5 / 7), (0.125, 3.0))
 
 
 class AbstractJumpSize(ABC):
     """The law of a jump's size, in the units of the state.
 
     Attributes:
-        gaussian: whether sums of sizes are normal, so that a guide's steps stay mixtures of normals.
+        gaussian: whether sums of sizes are normal, so that `normals` is exact.
     """
 
     gaussian: bool = False
@@ -42,6 +51,12 @@ class AbstractJumpSize(ABC):
     def log_densities(self, most: int, x: Tensor, scale: Tensor) -> list[Tensor]:
         """`log_density` for 0, ..., most jumps."""
         return [self.log_density(n, x, scale) for n in range(most + 1)]
+
+    def normals(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of `count` jumps as a mixture of normals, for guides: log weights (*batch, component), means and
+        variances (*batch, component, state). By default one normal with its mean and variance."""
+        mean, variance = (torch.atleast_1d(x)[..., None, :] for x in (self.mean, self.variance))
+        return torch.zeros(1, dtype=mean.dtype, device=mean.device), count * mean, count * variance
 
     @abstractmethod
     def expected(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
@@ -110,7 +125,8 @@ class DoubleExponentialJump(AbstractJumpSize):
     density(y) = p r exp(-r y) for y > 0, (1 - p) s exp(s y) for y < 0, with r and s the rates up and down
 
     Sums of them are mixtures of Erlang distributions; with normal noise their density is closed, in terms of the
-    repeated integrals of the normal tail. A guide needs normal sizes: use this for observed paths.
+    repeated integrals of the normal tail. For guides each side of one jump is replaced by four normals, and a sum of
+    several by two, so that their draws have to be weighed: the bound is that of the exact density.
 
     Args:
         up: probability of an upward jump.
@@ -151,6 +167,26 @@ class DoubleExponentialJump(AbstractJumpSize):
     def variance(self) -> Tensor:
         up = torch.as_tensor(self.up)
         return 2 * up / self.rate_up**2 + 2 * (1 - up) / self.rate_down**2 - self.mean**2
+
+    def normals(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        if count == 0:
+            return super().normals(0)
+        up, rise, fall = torch.broadcast_tensors(
+            *map(torch.as_tensor, (self.up, self.rate_up, self.rate_down))
+        )
+        up, rise, fall = (torch.atleast_1d(x)[..., None, :] for x in (up, rise, fall))
+        if count > 1:
+            _, mean, variance = super().normals(count)
+            share, wider = torch.tensor(_SEVERAL, dtype=up.dtype, device=up.device).unbind(-1)
+            return share.log(), mean.expand(*mean.shape[:-2], len(share), 1), variance * wider[:, None]
+        share, mean, sd = torch.tensor(_ONE, dtype=up.dtype, device=up.device).T[..., None]
+        least = torch.finfo(up.dtype).tiny
+        log_weight = torch.cat([_log(up, least) + share.log(), _log(1 - up, least) + share.log()], -2)[..., 0]
+        return (
+            log_weight,
+            torch.cat([mean / rise, -mean / fall], -2),
+            torch.cat([sd / rise, sd / fall], -2).square(),
+        )
 
     def log_density(self, count: int, x: Tensor, scale: Tensor) -> Tensor:
         return self.log_densities(count, x, scale)[count]

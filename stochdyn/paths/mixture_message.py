@@ -84,19 +84,6 @@ class MixtureMessage:
         return torch.broadcast_shapes(*(x.shape[: -2 - k] for k, x in enumerate(self.parts)))
 
 
-def check_guidable(path: "JumpDiffusionPath") -> None:
-    """Refuse a jump diffusion whose steps times messages would be no mixtures of normals.
-
-    Raises:
-        GuideError: for sizes that are not normal.
-    """
-    if not path.jumps.size.gaussian:
-        raise GuideError(
-            "Guides of jump diffusions need normal jumps: NormalJump(loc, scale). Others can be observed paths, or "
-            "sampled by NUTS."
-        )
-
-
 def jump_filter(
     path: "JumpDiffusionPath",
     potential: Message,
@@ -113,16 +100,15 @@ def jump_filter(
     from there.
 
     Args:
-        path: the prior, with normal jumps.
+        path: the prior.
         potential: the (Gaussian, or locally Gaussian) log likelihood of every state.
         around: the path (*batch, time, state) to linearise around, and at which intensities are read.
         components: how many; the last one counts that many jumps or more.
         memory: each gap doubles the components. None is 0 for one state and 1 for several.
 
     Raises:
-        GuideError: for another path, fewer than two components, or a negative memory.
+        GuideError: for fewer than two components, or a negative memory.
     """
-    check_guidable(path)
     chain = path.chain
     memory = int(chain.state_dim > 1) if memory is None else memory
     if not isinstance(memory, int) or memory < 0:
@@ -138,24 +124,33 @@ def jump_filter(
     F, b, Q = (lift(x.double(), ndim + k) for k, x in ((1, linear.F), (0, linear.b), (0, Q)))
     rate = lift(rate, ndim)
     most = max(path.counts(rate, FILTER_TAIL), 1)
-    steps = _Steps(F, *counted(path, b, Q, rate, most))
+    *parts, jumps = counted(path, b, Q, rate, most)
+    steps = _Steps(F, *parts, jumps)
     h, J = potential.information.double().movedim(-2, 0), potential.full().double().movedim(-3, 0)
     return _backward(steps, lift(h, ndim), lift(J, ndim + 1), _Layout(components, memory))
 
 
 def counted(
     path: "JumpDiffusionPath", a: Tensor, variance: Tensor, rate: Tensor, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A step's normal components by how many jumps fall into it: means and standard deviations (..., n, state), and the
-    logarithms of their probabilities (..., n)."""
-    counts = torch.arange(most + 1, dtype=a.dtype, device=a.device)[:, None]
-    mean, power = (
-        torch.atleast_1d(x.to(a))[..., None, :] for x in (path.jumps.size.mean, path.jumps.size.variance)
-    )
-    log_prior = torch.cat([log_poisson(n, rate) for n in range(most + 1)], -1).clamp(min=NOTHING)
-    total = variance[..., None, :] + counts * power
-    floor = torch.finfo(total.dtype).tiny  # a root of zero has no gradient
-    return a[..., None, :] + counts * mean, total.clamp(min=floor).sqrt(), log_prior
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """A step's normal components: means and standard deviations (..., n, state), the logarithms of their probabilities
+    (..., n), and how many jumps each stands for."""
+    means, variances, logs, jumps = [], [], [], []
+    for count in range(most + 1):
+        log_share, mean, own = (x.to(a) for x in path.jumps.size.normals(count))
+        means.append(a[..., None, :] + mean)
+        variances.append(variance[..., None, :] + own)
+        logs.append(log_poisson(count, rate) + log_share)
+        jumps += [count] * log_share.shape[-1]
+    floor = torch.finfo(a.dtype).tiny  # a root of zero has no gradient
+    d = _together(variances, -2).clamp(min=floor).sqrt()
+    return _together(means, -2), d, _together(logs, -1).clamp(min=NOTHING), jumps
+
+
+def _together(parts: list[Tensor], dim: int) -> Tensor:
+    """Along a dimension, what is left of it broadcast."""
+    batch = torch.broadcast_shapes(*(x.shape[:dim] for x in parts))
+    return torch.cat([x.expand(*batch, *x.shape[dim:]) for x in parts], dim)
 
 
 @dataclass(frozen=True)
@@ -199,6 +194,7 @@ class _Steps:
     m: Tensor
     d: Tensor
     log_prior: Tensor
+    jumps: list[int]
 
 
 def _backward(steps: _Steps, h: Tensor, J: Tensor, layout: _Layout) -> MixtureMessage:
@@ -213,7 +209,7 @@ def _backward(steps: _Steps, h: Tensor, J: Tensor, layout: _Layout) -> MixtureMe
     out = [now]
     for k in range(len(h) - 2, -1, -1):
         passed = before(steps.F[k], steps.m[k], steps.d[k], steps.log_prior[k], now)
-        now = _seen(_by_count(passed, layout), h[k], J[k], layout)
+        now = _seen(_by_count(passed, steps.jumps, layout), h[k], J[k], layout)
         out.append(now)
     out.reverse()
     parts = zip(*(m.parts for m in out), strict=True)
@@ -237,11 +233,11 @@ def _grouped(parts: tuple[Tensor, Tensor, Tensor], groups: list[list[int]]) -> M
     return MixtureMessage(*(torch.stack(x, -1 - k) for k, x in enumerate(zip(*made, strict=True))))
 
 
-def _by_count(passed: tuple[Tensor, Tensor, Tensor], layout: _Layout) -> MixtureMessage:
+def _by_count(passed: tuple[Tensor, Tensor, Tensor], jumps: list[int], layout: _Layout) -> MixtureMessage:
     """Merge components (n now, c later) that stand for as many jumps."""
-    n, c = passed[0].shape[-2:]
+    components = passed[0].shape[-1]
     w, h, J = (x.flatten(-2 - k, -1 - k) for k, x in enumerate(passed))
-    pairs = [(i, j) for i in range(n) for j in range(c)]
+    pairs = [(i, j) for i in jumps for j in range(components)]
     return _grouped((w, h, J), layout.within_a_gap(pairs))
 
 

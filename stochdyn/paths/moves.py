@@ -109,7 +109,8 @@ class JumpMoves(AbstractMoves):
     def move(self, k: int, z: Tensor, carried: Carried, resampled: bool) -> tuple[Tensor, Tensor]:
         *parts, ahead = carried
         new = torch.where(self.dt[k] > 0, Products(*parts).draw().to(z), z)
-        return new, ahead - self.messages[k + 1].log_value(new)
+        off = self.path.mismatch(self.t[k], self.dt[k], z, new, self.rows[k])
+        return new, ahead - self.messages[k + 1].log_value(new) + off
 
 
 class GaussianMoves(AbstractMoves):

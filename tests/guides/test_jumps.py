@@ -181,6 +181,30 @@ def test_a_correction_of_nothing_changes_nothing_for_several_states():
     assert (moved.log_value(z) - base.log_value(z)).abs().max() > 1e-3
 
 
+def test_double_exponential_jumps_of_a_latent_path():
+    y = torch.tensor([0.0, 0.1, 0.1, 3.4, 3.3, 3.5], dtype=F64)[None, :, None]
+    series = sd.Series(torch.arange(6.0, dtype=F64), y)
+
+    def own(batch):
+        rate = pyro.sample("rate", dist.LogNormal(torch.tensor(-0.7, dtype=F64), 0.5))[..., None]
+        grid = sd.TimeGrid(batch.times, substeps=2)
+        with batch.plate("series"):
+            start = dist.Normal(torch.zeros(1, dtype=F64), 0.3).to_event(1)
+            jumps = sd.CompoundPoisson(0.2, sd.DoubleExponentialJump(0.5, rate, rate))
+            spread = torch.tensor([0.3], dtype=F64)
+            z = pyro.sample("z", sd.JumpDiffusionPath(lambda t, z: 0 * z, spread, jumps, start, grid.ts))
+            batch.observe("y", dist.Normal(grid.observed(z), NOISE))
+
+    guide = sd.AmortizedGuide(own, paths=sd.FilterMessage(learned=False))
+    fit = sd.fit(own, guide, series, steps=60, lr=0.05, objective=sd.ELBO(particles=8), progress=False)
+    after = loss(own, guide.eval(), series)
+    evidence = sd.evidence(fit, series, draws=30, particles=200).total.item()
+    assert -0.1 < evidence + after < 0.4
+    reading = sd.read_jumps(fit, series, draws=100)
+    assert reading.probability[0, 2] > 0.99 and reading.probability[0, [0, 1, 3, 4]].max() < 0.4
+    assert abs(reading.size[0, 2, 0] - 3.3) < 0.5
+
+
 def test_families_without_a_form_for_jumps_are_refused():
     series, *_ = simulate(3, 4)
     with pytest.raises(

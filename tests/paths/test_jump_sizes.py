@@ -133,3 +133,27 @@ def test_single_precision_and_many_jumps():
         exact = size.log_density(count, x.detach().double(), number(0.01))
         assert torch.isfinite(value).all() and torch.isfinite(slope).all()
         assert ((value - exact).abs() / (1 + exact.abs())).max() < 1e-3
+
+
+def test_normals_that_stand_for_double_exponential_sizes():
+    """Mean and variance of sums, and the divergence from one jump with a little noise."""
+    size = sd.DoubleExponentialJump(*(torch.tensor([v], dtype=torch.float64) for v in (0.4, 0.5, 2.0)))
+    for count in (0, 1, 2, 5):
+        log_weight, mean, variance = (x.double() for x in size.normals(count))
+        weight = log_weight.exp()[..., None]
+        first = (weight * mean).sum(-2)
+        second = (weight * (variance + mean.square())).sum(-2) - first.square()
+        assert weight.sum().item() == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(first, count * size.mean, rtol=0.01)
+        assert torch.allclose(second, count * size.variance, rtol=0.02)
+    x, scale = (
+        torch.linspace(-12, 40, 60001, dtype=torch.float64)[:, None],
+        torch.full((1,), 0.1, dtype=torch.float64),
+    )
+    exact = size.log_density(1, x, scale).sum(-1)
+    log_weight, mean, variance = size.normals(1)
+    parts = torch.distributions.Normal(mean[..., 0], (variance[..., 0] + 0.01).sqrt()).log_prob(x)
+    found = torch.logsumexp(log_weight + parts, -1)
+    divergence = torch.trapezoid(exact.exp() * (exact - found), x[:, 0])
+    one = torch.distributions.Normal(size.mean, (size.variance + 0.01).sqrt()).log_prob(x)[:, 0]
+    assert 0 < divergence < 0.05 < 0.2 < torch.trapezoid(exact.exp() * (exact - one), x[:, 0])

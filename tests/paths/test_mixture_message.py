@@ -145,10 +145,6 @@ def test_refused():
     around = torch.zeros(7, 1, dtype=F64)
     with pytest.raises(sd.GuideError, match="at least two components, got 1"):
         jump_filter(path, potential, around, 1)
-    double = sd.CompoundPoisson(1.0, sd.DoubleExponentialJump(0.5, 1.0, 1.0))
-    other = sd.JumpDiffusionPath(lambda t, z: -z, number(1.0), double, torch.zeros(1, dtype=F64), path.ts)
-    with pytest.raises(sd.GuideError, match=r"need normal jumps"):
-        other.filtered(potential)
 
 
 @pytest.mark.parametrize(
