@@ -34,6 +34,7 @@ from stochdyn.diagnostics.weights import (
     log_mean,
     mean,
     series_count,
+    series_plates,
     tails,
     try_evidence,
 )
@@ -206,7 +207,8 @@ def _ids(data: Any, weights: Weights) -> tuple[Any, ...]:
 def _latents(
     fit: Any, data: Any, found: Draws, series: int | None, seed: int | None
 ) -> tuple[LatentUse, ...]:
-    uses = site_uses(found, lambda site: is_local(site, series), series or 1)
+    plates = series_plates(found, series)
+    uses = site_uses(found, lambda site: is_local(site, plates), series or 1)
     try:
         with evaluating(*pair(fit), seed=seed), unvalidated():
             prior = draw_prior(fit, data, found)
