@@ -273,7 +273,7 @@ def site_uses(
 
 
 def unconstrained(site: Site) -> Tensor:
-    """(draws, members, units) the values of a site in unconstrained coordinates.
+    """(draws, members, units) the values of a site in unconstrained coordinates; of a discrete one, themselves.
 
     Example:
         >>> import pyro.distributions as dist
@@ -286,7 +286,8 @@ def unconstrained(site: Site) -> Tensor:
     # What left of the plates was squeezed out of the value is still in the distribution.
     ones = [1] * (len(site.fn.batch_shape) - plates)
     value = site.value.reshape(draws, *ones, *batch, *site.value.shape[plates:])
-    u = biject_to(site.fn.support).inv(value)
+    discrete = site.fn.support.is_discrete
+    u = value.to(site.log_prob.dtype) if discrete else biject_to(site.fn.support).inv(value)
     return u.reshape(draws, math.prod(batch), -1)
 
 

@@ -146,6 +146,24 @@ def test_a_latent_on_which_the_data_say_nothing_is_no_failure():
     assert found.verdict("latents").found == "posterior = prior: idle"
 
 
+def test_a_discrete_latent_is_taken_as_it_is():
+    def switch(y, share=0.5):
+        with pyro.plate("rows", len(y)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([1 - share, share], dtype=F64)))
+            pyro.sample("y", dist.Normal(k.to(F64), 1.0), obs=y)
+
+    def right(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("k", dist.Categorical(logits=torch.stack([-(y**2), -((y - 1) ** 2)], -1) / 2))
+
+    y = torch.tensor([0.0, 1.0, 2.5], dtype=F64)
+    found = sd.diagnose((switch, right), y, draws=200)
+    assert found.verdict("k-hat").level == "good"
+    share = torch.sigmoid(y - 0.5)
+    expected = (share * (1 - share)).sqrt() / 0.5
+    assert found.latents[0].ratio == pytest.approx(expected.median().item(), rel=0.15)
+
+
 def test_a_point_estimate_is_no_posterior():
     y = torch.randn(30, dtype=F64, generator=torch.Generator().manual_seed(0))
     guide = AutoDelta(mean_of)
