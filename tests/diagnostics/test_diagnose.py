@@ -132,6 +132,25 @@ def test_a_collapsed_latent_is_named():
     assert sd.diagnose((walk, exact_walk()), walks(), draws=100).collapsed == ()
 
 
+@pytest.mark.parametrize("width", [1.0, 30.0])
+def test_a_wide_latent_that_has_collapsed_is_named_too(width):
+    def wide(y):
+        with pyro.plate("rows", len(y)):
+            x = pyro.sample("x", dist.Normal(torch.zeros(8, dtype=F64), width).to_event(1))
+            pyro.sample("y", dist.Normal(x[..., 0] / width, 1.0), obs=y)
+
+    def posterior(y, informed=False):
+        with pyro.plate("rows", len(y)):
+            first = torch.eye(8, dtype=F64)[0] * informed
+            loc, spread = width * y[:, None] / 2 * first, width * (1 - first / 2).sqrt()
+            pyro.sample("x", dist.Normal(loc, spread).to_event(1))
+
+    y = torch.linspace(-2, 2, 6, dtype=F64)
+    found = sd.diagnose((wide, posterior), y, draws=400)
+    assert found.collapsed == ("x",) and found.verdict("latents").level == "bad"
+    assert sd.diagnose((wide, lambda y: posterior(y, True)), y, draws=400).latents[0].active == 1
+
+
 def test_a_latent_on_which_the_data_say_nothing_is_no_failure():
     def with_idle(program):
         def both(batch):
