@@ -33,6 +33,7 @@ from stochdyn.diagnostics.weights import (
     joint_weights,
     log_mean,
     mean,
+    reason,
     series_count,
     series_plates,
     tails,
@@ -228,8 +229,8 @@ def _latents(
 def _coverage(fit: Any, data: Any, found: Draws, draws: int, seed: int | None) -> Coverage | Verdict | None:
     try:
         return coverage(fit, data, found, draws=draws, seed=seed)
-    except StochdynError as error:
-        return Verdict("coverage", "-", str(error).splitlines()[0])
+    except (StochdynError, RuntimeError, ValueError) as error:  # a likelihood that cannot be drawn, say
+        return Verdict("coverage", "-", reason(error))
 
 
 def _rescaling(
@@ -243,7 +244,7 @@ def _rescaling(
             drawn = [draw(fit, data, 1).observed for _ in range(_RESCALINGS if found.latents else 1)]
             return {name: _median([_rescaled(sites[name]) for sites in drawn]) for name in names}
     except StochdynError as error:
-        return Verdict("jumps", "-", str(error).splitlines()[0])
+        return Verdict("jumps", "-", reason(error))
 
 
 def _rescaled(site: Any) -> TimeRescaling:

@@ -121,11 +121,8 @@ def judge_tails(ks: Sequence[ParetoK], ids: Sequence[Any], what: str, numbers: i
         return _not_finite(f"of series {ids[int(np.isnan(values).argmax())]!r}")
     if len(ks) == 1:
         return judge_tail(ks[0], what, numbers, Estimate(gap.value[0], gap.error[0]))
-    over, worst, limit = (
-        np.array([not k.good and not _equal(k) for k in ks]),
-        int(values.argmax()),
-        ks[0].threshold,
-    )
+    over, limit = np.array([not k.good and not _equal(k) for k in ks]), ks[0].threshold
+    worst = int(np.where(over, values, -np.inf).argmax())
     if all(k.exact for k in ks):
         return Verdict("k-hat", "good", f"exact in all {len(ks)} series (all weights equal), of {what}")
     if not over.any():

@@ -129,7 +129,17 @@ def try_evidence(fit: Any, data: Any, **options: Any) -> tuple[Evidence | None, 
     try:
         return evidence(fit, data, **options), ""  # pyright: ignore[reportArgumentType]
     except (StochdynError, RuntimeError, ValueError) as error:  # the reason is shown, and the rest goes on
-        return None, str(error).splitlines()[0]
+        return None, reason(error)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing.
+
+    Example:
+        >>> reason(ValueError("Wrong.\\nMore.")), reason(NotImplementedError())
+        ('Wrong.', 'NotImplementedError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def integrated(found: Evidence) -> Weights:

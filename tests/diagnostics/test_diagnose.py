@@ -183,6 +183,40 @@ def test_a_discrete_latent_is_taken_as_it_is():
     assert found.latents[0].ratio == pytest.approx(expected.median().item(), rel=0.15)
 
 
+class OnlyScored(dist.TorchDistribution):
+    """A likelihood that someone wrote for its density alone."""
+
+    arg_constraints = {}  # noqa: RUF012
+    support = torch.distributions.constraints.real
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape)
+
+    def expand(self, batch_shape, _instance=None):
+        return OnlyScored(self.loc.expand(batch_shape))
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, 1.0).log_prob(value)
+
+
+@pytest.mark.parametrize("series", [False, True])
+def test_a_likelihood_that_cannot_be_drawn_costs_its_line_alone(series):
+    def scored(y):
+        mu = pyro.sample("mu", normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            value = y.values[:, 0, 0] if series else y
+            pyro.sample("y", OnlyScored(mu + 0 * value), obs=value)
+
+    def exact(y):
+        value = y.values[:, 0, 0] if series else y
+        pyro.sample("mu", normal(value.sum() / (len(y) + 1), 1 / math.sqrt(len(y) + 1)))
+
+    y = torch.linspace(-1, 2, 12, dtype=F64)
+    found = sd.diagnose((scored, exact), sd.Series([0.0], y[:, None, None]) if series else y, draws=100)
+    assert levels(found)["k-hat"] == "good" and levels(found)["coverage"] == "-"
+
+
 def test_a_point_estimate_is_no_posterior():
     y = torch.randn(30, dtype=F64, generator=torch.Generator().manual_seed(0))
     guide = AutoDelta(mean_of)
