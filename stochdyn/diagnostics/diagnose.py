@@ -33,7 +33,9 @@ from stochdyn.diagnostics.weights import (
     joint_weights,
     log_mean,
     mean,
+    reason,
     series_count,
+    series_plates,
     tails,
     try_evidence,
 )
@@ -206,7 +208,8 @@ def _ids(data: Any, weights: Weights) -> tuple[Any, ...]:
 def _latents(
     fit: Any, data: Any, found: Draws, series: int | None, seed: int | None
 ) -> tuple[LatentUse, ...]:
-    uses = site_uses(found, lambda site: is_local(site, series), series or 1)
+    plates = series_plates(found, series)
+    uses = site_uses(found, lambda site: is_local(site, plates), series or 1)
     try:
         with evaluating(*pair(fit), seed=seed), unvalidated():
             prior = draw_prior(fit, data, found)
@@ -226,8 +229,8 @@ def _latents(
 def _coverage(fit: Any, data: Any, found: Draws, draws: int, seed: int | None) -> Coverage | Verdict | None:
     try:
         return coverage(fit, data, found, draws=draws, seed=seed)
-    except StochdynError as error:
-        return Verdict("coverage", "-", str(error).splitlines()[0])
+    except (StochdynError, RuntimeError, ValueError) as error:  # a likelihood that cannot be drawn, say
+        return Verdict("coverage", "-", reason(error))
 
 
 def _rescaling(
@@ -241,7 +244,7 @@ def _rescaling(
             drawn = [draw(fit, data, 1).observed for _ in range(_RESCALINGS if found.latents else 1)]
             return {name: _median([_rescaled(sites[name]) for sites in drawn]) for name in names}
     except StochdynError as error:
-        return Verdict("jumps", "-", str(error).splitlines()[0])
+        return Verdict("jumps", "-", reason(error))
 
 
 def _rescaled(site: Any) -> TimeRescaling:

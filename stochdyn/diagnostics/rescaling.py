@@ -84,10 +84,11 @@ def time_rescaling(process: AbstractPointProcess, jumps: Any, *, given: int = 0)
     values = jumps.values if isinstance(jumps, Jumps) else jumps
     own, after = process.residuals(values)
     _check_finite(own, values)
-    # Rounding may leave less than nothing after a jump at the end of the window.
-    residuals = _end_to_end(
-        own.reshape(after.numel(), own.shape[-1])[:, given:], after.reshape(-1).clamp(min=0)
-    )
+    own = own.reshape(after.numel(), own.shape[-1])
+    # Where fewer jumps came than are given, all of the window is before those.
+    after = torch.where((~own.isnan()).sum(1) < given, 0.0, after.reshape(-1))
+    # Rounding may leave less than nothing between jumps, or after one at the end of the window.
+    residuals = _end_to_end(own[:, given:].clamp(min=0), after.clamp(min=0))
     if len(residuals) < 10:
         raise DataError(f"There are {len(residuals)} jumps. Take at least 10: below, the tests see nothing.")
     ks = stats.kstest(residuals, "expon")

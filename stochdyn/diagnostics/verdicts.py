@@ -121,11 +121,8 @@ def judge_tails(ks: Sequence[ParetoK], ids: Sequence[Any], what: str, numbers: i
         return _not_finite(f"of series {ids[int(np.isnan(values).argmax())]!r}")
     if len(ks) == 1:
         return judge_tail(ks[0], what, numbers, Estimate(gap.value[0], gap.error[0]))
-    over, worst, limit = (
-        np.array([not k.good and not _equal(k) for k in ks]),
-        int(values.argmax()),
-        ks[0].threshold,
-    )
+    over, limit = np.array([not k.good and not _equal(k) for k in ks]), ks[0].threshold
+    worst = int(np.where(over, values, -np.inf).argmax())
     if all(k.exact for k in ks):
         return Verdict("k-hat", "good", f"exact in all {len(ks)} series (all weights equal), of {what}")
     if not over.any():
@@ -181,7 +178,8 @@ def judge_latents(latents: Sequence[LatentUse], trusted: bool) -> Verdict:
 
 
 def judge_coverage(found: Coverage) -> Verdict:
-    """Too few observations inside is bad, too many is fair, in units of standard errors and of the level.
+    """Too few observations inside is bad, too many is fair, in units of standard errors and of the level; the channel
+    that the verdict comes from is named.
 
     Example:
         >>> u = np.random.default_rng(0).uniform(size=500)
@@ -192,14 +190,13 @@ def judge_coverage(found: Coverage) -> Verdict:
     """
     if not found.points.any():
         return Verdict("coverage", "-", "nothing was observed")
-    short = np.array(LEVELS) - found.covered
-    sure = np.abs(short) > 3 * found.error
-    grades = [_grade(x, *_SHORT[k]) for k in range(len(LEVELS)) for x in short[sure[:, k], k]]
-    if found.how == "hidden" and (sure & (short < -np.array(_SHORT)[:, 0])).any():
-        grades.append("fair")
-    level = _worst(["good", *grades])
-    worst = int(np.nanargmax(np.abs(short[:, 1])))
-    narrow = float(np.nanmax(short)) > float(np.nanmax(-short))
+    short, fair = np.nan_to_num(np.array(LEVELS) - found.covered), np.array(_SHORT)[:, 0]
+    sure = np.where(np.abs(short) > 3 * found.error, short, 0.0)
+    few = _worst(_grade(x, *_SHORT[k]) for row in sure for k, x in enumerate(row))
+    many: Level = "fair" if found.how == "hidden" and (-sure > fair).any() else "good"
+    level, narrow = _worst([few, many]), few != "good"
+    off = np.abs(short) if level == "good" else sure / fair if narrow else -sure / fair
+    worst = int((off[:, 1] if level == "good" else off.max(1)).argmax())
     text = ", ".join(
         f"{100 * c:.0f} % in {100 * p:.0f} %" for c, p in zip(found.covered[worst], LEVELS, strict=True)
     )

@@ -1,6 +1,6 @@
 """Importance weights of a fit, split into what belongs to each series and what all series share."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,35 +51,70 @@ def series_count(found: Draws, data: Any) -> int | None:
     return next(sizes, None)
 
 
-def is_local(site: Site, series: int | None) -> bool:
+def is_local(site: Site, plates: Collection[tuple[str, ...]]) -> bool:
     """Whether a site has one member for every series.
+
+    Args:
+        site: of the model.
+        plates: what `series_plates` found.
 
     Example:
         >>> import pyro.distributions as dist, torch
         >>> site = Site("z", dist.Normal(0.0, 1.0), torch.zeros(5, 3), torch.zeros(5, 3), ("series",), False)
-        >>> is_local(site, 3), is_local(site, 4)
+        >>> is_local(site, {("series",)}), is_local(site, {("group",)})
         (True, False)
     """
-    return bool(site.plates) and site.value.shape[1 : 1 + len(site.plates)].numel() == series
+    return site.plates in plates
+
+
+def series_plates(found: Draws, series: int | None) -> set[tuple[str, ...]]:
+    """The plates that hold the series: as many members, and something is observed in them.
+
+    As many alone says little: channels or groups may be as many as the series. Empty where there are none, or several
+    that could be them, or where the guide has no such plates.
+
+    Example:
+        >>> series_plates(Draws({}, {}, {}, {}, 0, 1), 3)
+        set()
+    """
+    seen = [set(site.plates) for site in found.observed.values()]
+    sites = (*found.prior.values(), *found.observed.values())
+    own = {s.plates for s in sites if s.plates and _members(s) == series}
+    own = {plates for plates in own if any(set(plates) <= names for names in seen)}
+    widest = set(max(own, key=len, default=()))
+    guided = all(
+        _members(found.latents[name]) == series for name, site in found.prior.items() if site.plates in own
+    )
+    return own if guided and all(set(plates) <= widest for plates in own) else set()
+
+
+def _members(site: Site) -> int:
+    return site.value.shape[1 : 1 + len(site.plates)].numel()
 
 
 def joint_weights(found: Draws, series: int | None) -> Weights:
-    """log p(data, latents) - log q(latents) of every draw.
+    """log p(data, latents) - log q(latents) of every draw; what is observed several times in a series is summed.
 
     Example:
         >>> joint_weights(Draws({}, {}, {}, {}, 0, 4), None).joint
         array([0., 0., 0., 0.])
     """
-    local, shared, some = np.zeros((found.size, series or 0)), np.zeros(found.size), False
+    plates = series_plates(found, series)
+    own = {name for name, site in found.prior.items() if is_local(site, plates)}
+    names = set(max(plates, key=len, default=()))
+    local, shared = np.zeros((found.size, series or 0)), np.zeros(found.size)
     terms = [(+1, site) for site in (*found.prior.values(), *found.observed.values())]
     terms += [(-1, site) for site in found.latents.values()]
     for sign, site in terms:
-        log_prob = as_array(site.log_prob.double()).reshape(found.size, -1)
-        if is_local(site, series):
-            local, some = local + sign * log_prob, True
+        log_prob = as_array(site.log_prob.double())
+        if site.name in own or is_local(site, plates):
+            local = local + sign * log_prob.reshape(found.size, -1)
+        elif site.observed and names and names <= set(site.plates):
+            extra = tuple(1 + k for k, name in enumerate(site.plates) if name not in names)
+            local = local + log_prob.sum(extra).reshape(found.size, -1)
         else:
-            shared = shared + sign * log_prob.sum(1)
-    return Weights(local if some else None, shared)
+            shared = shared + sign * log_prob.reshape(found.size, -1).sum(1)
+    return Weights(local if plates else None, shared)
 
 
 def try_evidence(fit: Any, data: Any, **options: Any) -> tuple[Evidence | None, str]:
@@ -94,7 +129,17 @@ def try_evidence(fit: Any, data: Any, **options: Any) -> tuple[Evidence | None, 
     try:
         return evidence(fit, data, **options), ""  # pyright: ignore[reportArgumentType]
     except (StochdynError, RuntimeError, ValueError) as error:  # the reason is shown, and the rest goes on
-        return None, str(error).splitlines()[0]
+        return None, reason(error)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, or its kind where it says nothing.
+
+    Example:
+        >>> reason(ValueError("Wrong.\\nMore.")), reason(NotImplementedError())
+        ('Wrong.', 'NotImplementedError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def integrated(found: Evidence) -> Weights:

@@ -102,7 +102,7 @@ def posterior_collapse(
 
     over all latents inside the series' plate, given the others. The densities under other series come from
     replaying the guide with the draws moved on by some number of series. A unit is active where the variance over
-    series of its posterior mean is above `threshold`.
+    series of its posterior mean is above `threshold`, and surely above what the finite number of draws adds.
 
     Args:
         fit: What `sd.fit` returned, or (model, guide).
@@ -267,13 +267,13 @@ def site_uses(
         kl = sum_rightmost(q - prior.log_prob, len(prior.plates)).mean().item()
         local = is_local(prior)
         free = unconstrained(prior)
-        active = int((_spread_of_means(free) > threshold).sum()) if local and series > 1 else None
+        active = int(_active(free, threshold).sum()) if local and series > 1 else None
         out.append(SiteUse(name, local, free.shape[-1], active, kl / series if local else kl))
     return tuple(out)
 
 
 def unconstrained(site: Site) -> Tensor:
-    """(draws, members, units) the values of a site in unconstrained coordinates.
+    """(draws, members, units) the values of a site in unconstrained coordinates; of a discrete one, themselves.
 
     Example:
         >>> import pyro.distributions as dist
@@ -286,11 +286,17 @@ def unconstrained(site: Site) -> Tensor:
     # What left of the plates was squeezed out of the value is still in the distribution.
     ones = [1] * (len(site.fn.batch_shape) - plates)
     value = site.value.reshape(draws, *ones, *batch, *site.value.shape[plates:])
-    u = biject_to(site.fn.support).inv(value)
+    discrete = site.fn.support.is_discrete
+    u = value.to(site.log_prob.dtype) if discrete else biject_to(site.fn.support).inv(value)
     return u.reshape(draws, math.prod(batch), -1)
 
 
-def _spread_of_means(draws: Tensor) -> Tensor:
-    """The variance over members of the mean over draws, less what the finite number of draws adds."""
+def _active(draws: Tensor, threshold: float) -> Tensor:
+    """Units whose means over draws have a variance over members above the threshold, and above what the finite number
+    of draws adds, by five of its standard errors: of a wide posterior that is more than the threshold."""
     spread = draws.mean(0).var(0)
-    return spread - draws.var(0).mean(0) / len(draws) if len(draws) > 1 else spread
+    if len(draws) < 2:
+        return spread > threshold
+    added = draws.var(0).mean(0) / len(draws)
+    error = added * math.sqrt(2 / (draws.shape[1] - 1))
+    return spread - added > (5 * error).clamp(min=threshold)

@@ -149,12 +149,21 @@ class GuidedJumpPath(dist.TorchDistribution):
         most = max(self.prior.counts(rate, FILTER_TAIL), 1) if most is None else most
         return self._mixture(a, scale, rate, message, most)
 
-    def mismatch(self, t: Tensor, dt: Tensor, z: Tensor, new: Tensor, context: Tensor | None) -> Tensor:
-        """The log density of a step less that of the normals which stand for it; zero where sizes are normal."""
+    def mismatch(
+        self,
+        t: Tensor,
+        dt: Tensor,
+        z: Tensor,
+        new: Tensor,
+        context: Tensor | None,
+        most: int | None = None,
+    ) -> Tensor:
+        """The log density of a step less that of the normals which stand for it; zero where sizes are normal. `most` is
+        what `mixture` was given when the step was drawn."""
         if self.prior.jumps.size.gaussian:
             return torch.zeros_like(z[..., 0])
         flat = MixtureMessage(*(torch.zeros(shape, dtype=torch.float64, device=z.device) for shape in _FLAT))
-        stand_in = self.mixture(t, dt, z, context, flat)
+        stand_in = self.mixture(t, dt, z, context, flat, most)
         exact = self.prior.step_density(t, dt, z, new, context)
         found = exact - stand_in.log_density(new.to(stand_in.mean)) - stand_in.log_integral()
         return torch.where(dt[..., 0] > 0, found, torch.zeros_like(found))

@@ -171,8 +171,9 @@ class DoubleExponentialJump(AbstractJumpSize):
     def normals(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         if count == 0:
             return super().normals(0)
+        given = map(torch.as_tensor, (self.up, self.rate_up, self.rate_down))
         up, rise, fall = torch.broadcast_tensors(
-            *map(torch.as_tensor, (self.up, self.rate_up, self.rate_down))
+            *(x if x.is_floating_point() else x.to(torch.get_default_dtype()) for x in given)
         )
         up, rise, fall = (torch.atleast_1d(x)[..., None, :] for x in (up, rise, fall))
         if count > 1:

@@ -87,6 +87,7 @@ class JumpMoves(AbstractMoves):
     def __init__(self, path: GuidedJumpPath) -> None:
         self.path = path
         super().__init__(len(path.batch_shape) + 2)
+        self._most: int | None = None
         self.messages = path.message.time_major().lifted(len(path.batch_shape) + 2)
 
     def start(self, particles: int) -> tuple[Tensor, Tensor]:
@@ -96,20 +97,19 @@ class JumpMoves(AbstractMoves):
         return z, log_w.expand(z.shape[:-1])
 
     def ahead(self, k: int, z: Tensor) -> tuple[Tensor, Carried]:
-        after, most = self.messages[k + 1], None
+        after = self.messages[k + 1]
         if self.path.prior.max_jumps is None:
             rate = self.path.prior.intensity(self.t[k], z, self.rows[k]) * self.dt[k]
-            most = max(self.path.prior.counts(rate), 1)
-        mixture = self.path.mixture(self.t[k], self.dt[k], z, self.rows[k], after, most).expanded(
-            z.shape[:-1]
-        )
+            self._most = max(self.path.prior.counts(rate), 1)
+        mixture = self.path.mixture(self.t[k], self.dt[k], z, self.rows[k], after, self._most)
+        mixture = mixture.expanded(z.shape[:-1])
         ahead = torch.where(self.dt[k][..., 0] > 0, mixture.log_integral(), after.log_value(z))
         return ahead, (*mixture.parts, ahead)
 
     def move(self, k: int, z: Tensor, carried: Carried, resampled: bool) -> tuple[Tensor, Tensor]:
         *parts, ahead = carried
         new = torch.where(self.dt[k] > 0, Products(*parts).draw().to(z), z)
-        off = self.path.mismatch(self.t[k], self.dt[k], z, new, self.rows[k])
+        off = self.path.mismatch(self.t[k], self.dt[k], z, new, self.rows[k], self._most)
         return new, ahead - self.messages[k + 1].log_value(new) + off
 
 

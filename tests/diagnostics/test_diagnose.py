@@ -132,6 +132,25 @@ def test_a_collapsed_latent_is_named():
     assert sd.diagnose((walk, exact_walk()), walks(), draws=100).collapsed == ()
 
 
+@pytest.mark.parametrize("width", [1.0, 30.0])
+def test_a_wide_latent_that_has_collapsed_is_named_too(width):
+    def wide(y):
+        with pyro.plate("rows", len(y)):
+            x = pyro.sample("x", dist.Normal(torch.zeros(8, dtype=F64), width).to_event(1))
+            pyro.sample("y", dist.Normal(x[..., 0] / width, 1.0), obs=y)
+
+    def posterior(y, informed=False):
+        with pyro.plate("rows", len(y)):
+            first = torch.eye(8, dtype=F64)[0] * informed
+            loc, spread = width * y[:, None] / 2 * first, width * (1 - first / 2).sqrt()
+            pyro.sample("x", dist.Normal(loc, spread).to_event(1))
+
+    y = torch.linspace(-2, 2, 6, dtype=F64)
+    found = sd.diagnose((wide, posterior), y, draws=400)
+    assert found.collapsed == ("x",) and found.verdict("latents").level == "bad"
+    assert sd.diagnose((wide, lambda y: posterior(y, True)), y, draws=400).latents[0].active == 1
+
+
 def test_a_latent_on_which_the_data_say_nothing_is_no_failure():
     def with_idle(program):
         def both(batch):
@@ -144,6 +163,58 @@ def test_a_latent_on_which_the_data_say_nothing_is_no_failure():
     found = sd.diagnose(pair, walks(10), draws=400)
     assert found.ok and found.verdict("latents").level == "fair"
     assert found.verdict("latents").found == "posterior = prior: idle"
+
+
+def test_a_discrete_latent_is_taken_as_it_is():
+    def switch(y, share=0.5):
+        with pyro.plate("rows", len(y)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([1 - share, share], dtype=F64)))
+            pyro.sample("y", dist.Normal(k.to(F64), 1.0), obs=y)
+
+    def right(y):
+        with pyro.plate("rows", len(y)):
+            pyro.sample("k", dist.Categorical(logits=torch.stack([-(y**2), -((y - 1) ** 2)], -1) / 2))
+
+    y = torch.tensor([0.0, 1.0, 2.5], dtype=F64)
+    found = sd.diagnose((switch, right), y, draws=200)
+    assert found.verdict("k-hat").level == "good"
+    share = torch.sigmoid(y - 0.5)
+    expected = (share * (1 - share)).sqrt() / 0.5
+    assert found.latents[0].ratio == pytest.approx(expected.median().item(), rel=0.15)
+
+
+class OnlyScored(dist.TorchDistribution):
+    """A likelihood that someone wrote for its density alone."""
+
+    arg_constraints = {}  # noqa: RUF012
+    support = torch.distributions.constraints.real
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape)
+
+    def expand(self, batch_shape, _instance=None):
+        return OnlyScored(self.loc.expand(batch_shape))
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, 1.0).log_prob(value)
+
+
+@pytest.mark.parametrize("series", [False, True])
+def test_a_likelihood_that_cannot_be_drawn_costs_its_line_alone(series):
+    def scored(y):
+        mu = pyro.sample("mu", normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            value = y.values[:, 0, 0] if series else y
+            pyro.sample("y", OnlyScored(mu + 0 * value), obs=value)
+
+    def exact(y):
+        value = y.values[:, 0, 0] if series else y
+        pyro.sample("mu", normal(value.sum() / (len(y) + 1), 1 / math.sqrt(len(y) + 1)))
+
+    y = torch.linspace(-1, 2, 12, dtype=F64)
+    found = sd.diagnose((scored, exact), sd.Series([0.0], y[:, None, None]) if series else y, draws=100)
+    assert levels(found)["k-hat"] == "good" and levels(found)["coverage"] == "-"
 
 
 def test_a_point_estimate_is_no_posterior():

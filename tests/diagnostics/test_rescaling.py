@@ -90,6 +90,34 @@ def test_jumps_that_are_given_do_not_count():
     assert sd.time_rescaling(process, times[..., None]).rejects()
 
 
+def test_a_window_with_fewer_jumps_than_are_given_is_left_out():
+    # The clock starts at the first jump; in most windows there is none. Control: one jump in them, with what follows.
+    torch.manual_seed(0)
+    times = torch.cumsum(torch.empty(60, 12, dtype=torch.float64).exponential_(), 1)
+    times = torch.cat([torch.zeros(60, 1), times], 1)
+    empty = torch.full((120, 13), math.inf, dtype=torch.float64)
+    end = torch.cat([times[:, -1], torch.full((120,), 5.0)])
+    mixed = torch.cat([times, empty])[torch.arange(180).reshape(3, 60).T.flatten()]
+    process = sd.PoissonProcess(1.0, torch.zeros(180), end[torch.arange(180).reshape(3, 60).T.flatten()])
+    found = sd.time_rescaling(process, mixed[..., None], given=1)
+    alone = sd.time_rescaling(sd.PoissonProcess(1.0, torch.zeros(60), end[:60]), times[..., None], given=1)
+    np.testing.assert_allclose(found.residuals, alone.residuals)
+    mixed[mixed[:, 0].isinf(), 0] = 0.0
+    assert sd.time_rescaling(process, mixed[..., None], given=1).residuals.max() > alone.residuals.max()
+
+
+def test_rounding_below_zero_between_jumps_is_no_missing_number():
+    jumps = sd.Jumps.from_list([[0.5 + k for k in range(20)]], t0=0.0, t1=30.0)
+
+    class Rounded(sd.PoissonProcess):
+        def residuals(self, jumps):
+            own, after = super().residuals(jumps)
+            return torch.where(jumps[..., 0] == 9.5, -1e-17, own), after
+
+    found = sd.time_rescaling(Rounded(1.0, torch.zeros(1).double(), 30.0), jumps)
+    assert np.isfinite(found.lag) and found.residuals.min() == 0
+
+
 def test_a_gap_without_a_finite_compensator_is_named():
     jumps = sd.Jumps.from_list([[0.5 + k for k in range(20)], [0.5, 9.0]], t0=0.0, t1=30.0)
 

@@ -117,6 +117,25 @@ def test_the_channel_that_is_furthest_off_is_named():
     assert found.level == "bad" and "'b'" in found.found
 
 
+def test_of_many_tails_a_bad_one_is_named_and_not_a_rounding_error():
+    equal = ParetoK(1.5, False, 1000, 2 / 3, 999.0)
+    found = judge_tails([equal, k(0.9), k(0.2)], "abc", "z", 2, Estimate(np.ones(3), np.zeros(3)))
+    assert (
+        found.level == "bad"
+        and found.found.startswith("1 of 3 series")
+        and "0.90 in series 'b'" in found.found
+    )
+
+
+def test_the_verdict_of_coverage_is_about_the_channel_that_it_comes_from():
+    few_values, wide = np.array([0.1, 0.9, 0.15, 0.8, 0.99]), ranks(0.5)
+    found = judge_coverage(Coverage.of(("a", "b"), [few_values, wide], how="hidden"))
+    assert found.level == "fair" and "'b'" in found.found and "wider" in found.advice
+    middle = np.where(np.arange(2000) % 20 < 18, 0.5 + 0.44 * np.sign(np.arange(2000) % 2 - 0.5), 0.99)
+    found = judge_coverage(Coverage.of(("a", "b"), [few_values, middle], how="hidden"))
+    assert found.level == "bad" and "'b'" in found.found and "narrow" in found.advice
+
+
 def test_jumps_and_training():
     assert judge_rescaling({"y": TimeRescaling(np.ones(20), 0.1, 0.5, 0.0, 0.9)}).level == "good"
     assert judge_rescaling({"y": TimeRescaling(np.ones(20), 0.1, 0.5, 0.5, 1e-9)}).level == "bad"

@@ -157,3 +157,13 @@ def test_normals_that_stand_for_double_exponential_sizes():
     divergence = torch.trapezoid(exact.exp() * (exact - found), x[:, 0])
     one = torch.distributions.Normal(size.mean, (size.variance + 0.01).sqrt()).log_prob(x)[:, 0]
     assert 0 < divergence < 0.05 < 0.2 < torch.trapezoid(exact.exp() * (exact - one), x[:, 0])
+
+
+@pytest.mark.parametrize("up", [0, 1])
+def test_normals_of_whole_numbers_are_those_of_the_same_fractions(up):
+    for given, expected in zip(
+        sd.DoubleExponentialJump(up, 10, 5).normals(1),
+        sd.DoubleExponentialJump(float(up), 10.0, 5.0).normals(1),
+        strict=True,
+    ):
+        torch.testing.assert_close(given, expected)

@@ -88,6 +88,27 @@ def test_the_normals_that_stand_for_exponential_jumps_are_corrected_for():
     assert uncorrected.abs().max() > 0.05
 
 
+@pytest.mark.parametrize("intensity", [1.0, lambda t, z: 1.0 + 0 * z], ids=["constant", "by_state"])
+def test_a_jump_that_only_many_jumps_explain_is_weighed_by_what_drew_it(intensity):
+    torch.manual_seed(0)
+    size = sd.DoubleExponentialJump(*torch.tensor([0.5, 1.0, 1.0], dtype=F64))
+    path = sd.JumpDiffusionPath(
+        lambda t, z: 0 * z, torch.tensor([0.1], dtype=F64), sd.CompoundPoisson(intensity, size),
+        torch.zeros(1, dtype=F64), torch.tensor([0.0, 0.05], dtype=F64),
+    )  # fmt: skip
+    precision = torch.tensor([[0.0], [4.0]], dtype=F64)
+    seen = dist.Normal(torch.tensor(30.0, dtype=F64), 0.5)
+    guided = path.guided(path.filtered(sd.Message(30.0 * precision, precision)))
+    x = torch.linspace(20, 40, 8001, dtype=F64)
+    steps = path.expand([len(x)]).steps(torch.stack([torch.zeros_like(x), x], -1)[..., None])
+    density = torch.logsumexp(steps.log_terms(), 0)[0] + seen.log_prob(x)
+    exact = torch.logsumexp(density, 0) + (x[1] - x[0]).log()
+    found = ratios(
+        guided, lambda z, k: seen.log_prob(z[..., 0]) if k else None, exact, particles=500, runs=100
+    )
+    assert within(found, 1.0) and not within(found, 1.2)
+
+
 def test_steps_of_zero_length_change_nothing():
     torch.manual_seed(0)
     path, potential, likelihood = setting()
