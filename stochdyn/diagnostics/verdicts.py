@@ -200,7 +200,7 @@ def judge_coverage(found: Coverage) -> Verdict:
     text = ", ".join(
         f"{100 * c:.0f} % in {100 * p:.0f} %" for c, p in zip(found.covered[worst], LEVELS, strict=True)
     )
-    text += f" intervals ({found.points[worst]} values of {found.channels[worst]!r}"
+    text += f" intervals ({found.points[worst]} values of channel {found.channels[worst]!r}"
     text += f", {_HOW[found.how]})"
     if level == "good":
         # The posterior saw these values, so that most lie inside says nothing.
