@@ -127,11 +127,10 @@ class GuidedJumpPath(dist.TorchDistribution):
 
     def _most(self, t: Tensor, dt: Tensor, z: Tensor) -> int:
         """Of a constant intensity, for all steps."""
-        return (
-            max(self.prior.counts(self.prior.intensity(t[0], z).detach() * dt.max(), FILTER_TAIL), 1)
-            if len(t)
-            else 1
-        )
+        if not len(t):
+            return 1
+        rate = self.prior.intensity(t[0], z).detach() * dt.max()
+        return max(self.prior.counts(rate, FILTER_TAIL), 1)
 
     def mixture(
         self,

@@ -20,6 +20,7 @@ from tests.hierarchies import (
     by_site,
     evidence,
     exact_guide,
+    moved,
     observe_levels,
     ragged,
     simulated,
@@ -36,13 +37,6 @@ FLOWS = {name: sd.LocalFlow(plate, **SMALL) for name, plate in PLATES.items()}
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def moved(guide, by=0.3):
-    with torch.no_grad():
-        for parameter in guide.amortized.parameters():
-            parameter += by * torch.randn_like(parameter)
-    return guide
 
 
 def made(model, batch, amortize=FLOWS, by=0.3):

@@ -21,6 +21,7 @@ from tests.hierarchies import (
     by_site,
     evidence,
     exact_guide,
+    moved,
     observe_levels,
     ragged,
     simulated,
@@ -35,14 +36,6 @@ PLATES = {"theta": "subject", "mu": "site"}
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def moved(guide, by=0.3):
-    """The same guide with other parameters, so that every head reads everything that it sees."""
-    with torch.no_grad():
-        for parameter in guide.amortized.parameters():
-            parameter += by * torch.randn_like(parameter)
-    return guide
 
 
 def set_guide(model, batch, **options):
